@@ -1,0 +1,1 @@
+"""The differentiable operations and their pure-JAX oracle."""

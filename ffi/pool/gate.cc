@@ -1,0 +1,50 @@
+#include "pool/gate.h"
+
+#include <emmintrin.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+
+namespace ktjax::internal {
+namespace {
+
+static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t),
+              "the kernel must see the plain number");
+
+void FutexWait(std::atomic<uint32_t>* word, uint32_t expected) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void FutexWakeAll(std::atomic<uint32_t>* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+uint32_t Gate::WaitWhile(uint32_t old, std::chrono::nanoseconds spin) {
+  uint32_t now = value();
+  if (now != old) return now;
+  if (spin.count() > 0) {
+    const auto deadline = std::chrono::steady_clock::now() + spin;
+    do {
+      // A pause takes 40 (Zen) to 140 (Skylake and later) cycles, the clock about 50.
+      for (int i = 0; i < 8; ++i) {
+        _mm_pause();
+        now = value();
+        if (now != old) return now;
+      }
+    } while (std::chrono::steady_clock::now() < deadline);
+  }
+  sleepers_.fetch_add(1);
+  while ((now = value_.load()) == old) FutexWait(&value_, old);
+  sleepers_.fetch_sub(1);
+  return now;
+}
+
+void Gate::WakeSleepers() {
+  if (sleepers_.load() != 0) FutexWakeAll(&value_);
+}
+
+}  // namespace ktjax::internal

@@ -1,0 +1,168 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a directory `step-00000123` with one safetensors file per pytree and a
+meta.json. It is written under a temporary name, every file and the directory synced, and
+then renamed: the rename is atomic, so a name that matches holds a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+_NAME = re.compile(r"step-(\d{8})")
+_META = "meta.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or used for this run."""
+
+
+def save_checkpoint(
+    root: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], keep: int
+) -> Path:
+    """Write `root/step-<step>` and drop all but the newest `keep` checkpoints.
+
+    Args:
+      root: directory of the checkpoints; made when missing.
+      step: optimizer steps done.
+      trees: pytrees of arrays by file name; PRNG keys are allowed.
+      meta: what JSON can hold.
+      keep: at least 1.
+
+    Returns:
+      The checkpoint's directory.
+
+    Raises:
+      CheckpointError: the system refuses, or there is a checkpoint of that step already.
+    """
+    final = root / f"step-{step:08d}"
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; continue it with resume")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        temporary = root / f".writing-{final.name}"
+        temporary.mkdir()
+        for name, tree in trees.items():
+            content = save(_flatten(tree))
+            _write_synced(temporary / f"{name}.safetensors", content)
+        text = json.dumps({**meta, "step": step}, indent=2)
+        _write_synced(temporary / _META, text.encode())
+        _sync_directory(temporary)
+        os.rename(temporary, final)
+        _sync_directory(root)
+        for _, old in list_checkpoints(root)[:-keep]:
+            _remove(old)
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoint {final}: {error}") from error
+    return final
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints under `root` as (step, directory), oldest first."""
+    if not root.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta of the checkpoint at `path`, with its "step"."""
+    try:
+        return json.loads((path / _META).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
+
+
+def load_tree(path: Path, name: str, like: Any) -> Any:
+    """The pytree `name` of the checkpoint at `path`, in the structure of `like`.
+
+    Raises:
+      CheckpointError: a file that cannot be read, or whose names, shapes or dtypes are
+        not those of `like`.
+    """
+    file = path / f"{name}.safetensors"
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    wanted = {_key(keys): leaf for keys, leaf in paths}
+    if different := sorted(set(stored) ^ set(wanted)):
+        which = "lacks" if different[0] in wanted else "has an unknown"
+        raise CheckpointError(f"{file} does not fit this model: it {which} {different[0]}")
+    leaves = []
+    for key, leaf in wanted.items():
+        array, expected = stored[key], _raw(leaf)
+        if array.shape != expected.shape or array.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{file} does not fit this model: {key} should be "
+                f"{expected.dtype}{list(expected.shape)}, "
+                f"is {array.dtype}{list(array.shape)}"
+            )
+        leaves.append(_restore(array, leaf))
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _restore(array: np.ndarray, leaf: Any) -> jax.Array:
+    # jnp.array copies: a donated buffer must never alias memory that NumPy owns.
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
+    return jnp.array(array)
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_key(path): np.asarray(_raw(leaf), order="C") for path, leaf in paths}
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that no half of it bears its name."""
+    doomed = path.with_name(f".removing-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete what a killed writer or remover left."""
+    for pattern in (".writing-*", ".removing-*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)

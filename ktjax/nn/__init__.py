@@ -1,0 +1,18 @@
+"""Flax modules: routed experts, the router, and the layer made of both."""
+
+from ktjax.nn.dense import GatedMLP, linear
+from ktjax.nn.experts import ReferenceExperts, RoutedExperts, StoreHandle
+from ktjax.nn.layer import MoELayer
+from ktjax.nn.router import Routing, TopKRouter, load_balancing_loss
+
+__all__ = [
+    "GatedMLP",
+    "MoELayer",
+    "ReferenceExperts",
+    "RoutedExperts",
+    "Routing",
+    "StoreHandle",
+    "TopKRouter",
+    "linear",
+    "load_balancing_loss",
+]

@@ -1,0 +1,183 @@
+"""Routed experts as Flax modules: base weights in a store, LoRA as parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ktjax.lora import LoRA
+from ktjax.ops import reference
+from ktjax.ops.api import moe
+from ktjax.store import ExpertStore
+
+Array = Any
+
+
+class StoreHandle(nnx.Variable):
+    """The `uint32[2]` handle of an expert store: neither trained nor saved.
+
+    A type of its own keeps the handle an operand of compiled programs, out of reach of
+    every filter for parameters.
+    """
+
+
+class FrozenExperts(nnx.Variable):
+    """Base weights of experts held as arrays: never trained, never an nnx.Param."""
+
+
+def _init_lora(
+    module: nnx.Module,
+    geometry: tuple[int, int, int],
+    rank: int,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> None:
+    """Put the six `nnx.LoRAParam`s on `module`: A Kaiming-uniform (a=√5), B zero."""
+    experts, intermediate, hidden = geometry
+    if not 1 <= rank <= 256:
+        raise ValueError(f"routed experts: lora_rank must be 1 to 256, got {rank}")
+    # Kaiming-uniform with a = √5 is uniform in ±1/√fan_in, which is variance 1/(3 fan_in).
+    uniform = nnx.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=2, out_axis=1, batch_axis=0
+    )
+    for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
+        if name.endswith("_a"):
+            value = uniform(rngs.params(), shape, param_dtype)
+        else:
+            value = jnp.zeros(shape, param_dtype)
+        setattr(module, name, nnx.LoRAParam(value))
+
+
+class _Adapted(nnx.Module):
+    """What both kinds of routed experts share: the adapters and their scaling."""
+
+    def _setup(
+        self,
+        geometry: tuple[int, int, int],
+        lora_rank: int | None,
+        lora_alpha: float | None,
+        param_dtype: Any,
+        rngs: nnx.Rngs | None,
+    ) -> None:
+        self.num_experts, self.intermediate_size, self.hidden_size = geometry
+        self.lora_rank = lora_rank
+        self.scaling = 1.0
+        if lora_rank is None:
+            return
+        if rngs is None:
+            raise ValueError("routed experts: lora_rank needs rngs to draw A from")
+        _init_lora(self, geometry, lora_rank, param_dtype, rngs)
+        self.scaling = (lora_rank if lora_alpha is None else lora_alpha) / lora_rank
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters as `ktjax.LoRA`, or None."""
+        if self.lora_rank is None:
+            return None
+        return LoRA(*(getattr(self, name)[...] for name in LoRA.NAMES))
+
+
+class RoutedExperts(_Adapted):
+    """The experts of one layer: an expert store and, with a rank, trainable LoRA.
+
+    The module keeps the store's handle, not the store: whoever made the store closes it,
+    here or through `close`. The six adapters are `nnx.LoRAParam`s named as in
+    `ktjax.LoRA`, so `nnx.DiffState(0, nnx.LoRAParam)` selects exactly them.
+
+    Attributes:
+      handle: the store's handle, a `StoreHandle`.
+      num_experts, hidden_size, intermediate_size: the store's geometry.
+      lora_rank: rank of the adapters, or None.
+      scaling: lora_alpha / lora_rank.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        *,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        param_dtype: Any = jnp.float32,
+        activation_policy: str = "save",
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Wrap `store`.
+
+        Args:
+          store: the base weights.
+          lora_rank: 1 to 256, or None for no adapters.
+          lora_alpha: adapters are scaled by lora_alpha / lora_rank; None = lora_rank.
+          param_dtype: dtype of the adapters, float32 or bfloat16.
+          activation_policy: "save" or "recompute", as in `ktjax.moe`.
+          rngs: source of A's initial values; needed with a rank.
+        """
+        leaves, self._structure = jax.tree.flatten(store)
+        self.handle = StoreHandle(leaves[0])
+        self.activation_policy = activation_policy
+        geometry = (store.num_experts, store.intermediate_size, store.hidden_size)
+        self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
+
+    @property
+    def store(self) -> ExpertStore:
+        """The expert store behind the handle."""
+        return jax.tree.unflatten(self._structure, [self.handle[...]])
+
+    def __call__(self, x: Array, ids: Array, w: Array) -> Array:
+        """Sum of the chosen experts' outputs; pure and differentiable.
+
+        Args:
+          x: `[..., hidden]`, float32 or bfloat16.
+          ids: `[..., k]` int32, -1 skips a slot.
+          w: `[..., k]` float32.
+
+        Returns:
+          `[..., hidden]` in the dtype of x.
+        """
+        return moe(
+            x,
+            ids,
+            w,
+            self.store,
+            self.lora,
+            scaling=self.scaling,
+            activation_policy=self.activation_policy,
+        )
+
+    def close(self) -> None:
+        """Free the store; every later call is an error."""
+        self.store.close()
+
+
+class ReferenceExperts(_Adapted):
+    """The same layer on the pure-JAX reference: float32 throughout, slow, the oracle.
+
+    Attributes:
+      gate, up, down: `FrozenExperts` with float32 weights, shaped as in `ktjax.moe`.
+    """
+
+    def __init__(
+        self,
+        gate: Array,
+        up: Array,
+        down: Array,
+        *,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Copy the weights to float32; see `RoutedExperts` for the other arguments."""
+        self.gate = FrozenExperts(jnp.asarray(gate, jnp.float32))
+        self.up = FrozenExperts(jnp.asarray(up, jnp.float32))
+        self.down = FrozenExperts(jnp.asarray(down, jnp.float32))
+        experts, intermediate, hidden = gate.shape
+        geometry = (experts, intermediate, hidden)
+        self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
+
+    def __call__(self, x: Array, ids: Array, w: Array) -> Array:
+        """As `RoutedExperts.__call__`."""
+        base = (self.gate[...], self.up[...], self.down[...])
+        return reference.moe(x, ids, w, *base, self.lora, scaling=self.scaling)

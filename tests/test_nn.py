@@ -1,0 +1,289 @@
+"""The Flax MoE layer: routing, gradients, transforms, the linen bridge."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.nnx import bridge
+
+import ktjax
+from ktjax.nn import (
+    MoELayer,
+    ReferenceExperts,
+    RoutedExperts,
+    StoreHandle,
+    TopKRouter,
+    load_balancing_loss,
+)
+
+EXPERTS, HIDDEN, INTERMEDIATE, K, RANK = 4, 64, 32, 2, 4
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape):
+        # Exact in bfloat16, so the store holds the very values of the reference.
+        value = rng.normal(size=shape) * shape[-1] ** -0.5
+        return np.asarray(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
+
+    return (
+        matrix(EXPERTS, INTERMEDIATE, HIDDEN),
+        matrix(EXPERTS, INTERMEDIATE, HIDDEN),
+        matrix(EXPERTS, HIDDEN, INTERMEDIATE),
+    )
+
+
+@pytest.fixture(scope="module")
+def store(weights):
+    with ktjax.ExpertStore.from_arrays(*weights) as store:
+        yield store
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (3, 5, HIDDEN))
+
+
+def randomize_b(experts):
+    """B is zero at first, which would hide half of the gradients."""
+    for number, name in enumerate(("gate_b", "up_b", "down_b")):
+        param = getattr(experts, name)
+        noise = jax.random.normal(jax.random.key(7 + number), param.shape)
+        param.set_value(0.1 * noise.astype(param.dtype))
+    return experts
+
+
+def make_layer(experts, **kwargs):
+    return MoELayer(
+        experts,
+        hidden_size=HIDDEN,
+        num_experts=EXPERTS,
+        num_experts_per_tok=K,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(3),
+        **kwargs,
+    )
+
+
+def make_experts(source, rank=RANK):
+    kwargs = {"lora_rank": rank, "lora_alpha": 8.0, "rngs": nnx.Rngs(2)}
+    if isinstance(source, tuple):
+        return ReferenceExperts(*source, **kwargs)
+    return RoutedExperts(source, **kwargs)
+
+
+def relative(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+# The kernels' contract: relative L2 against the float32 reference, for any pass.
+KERNEL_TOLERANCE = 0.006
+
+
+def test_lora_initial_values(store):
+    experts = make_experts(store)
+    assert experts.scaling == 2.0
+    bound = HIDDEN**-0.5
+    a = np.asarray(experts.gate_a[...])
+    assert a.shape == (EXPERTS, RANK, HIDDEN)
+    assert np.abs(a).max() <= bound
+    # Uniform in ±bound has standard deviation bound/√3; 1024 values: 3 sigma is 5 %.
+    np.testing.assert_allclose(a.std(), bound / np.sqrt(3), rtol=0.05)
+    assert np.abs(np.asarray(experts.down_a[...])).max() <= INTERMEDIATE**-0.5
+    for name in ("gate_b", "up_b", "down_b"):
+        assert not np.any(np.asarray(getattr(experts, name)[...]))
+
+
+def test_the_handle_is_neither_param_nor_lora(store):
+    layer = make_layer(make_experts(store))
+    handles = jax.tree.leaves(nnx.state(layer, StoreHandle))
+    assert [(h.shape, h.dtype) for h in handles] == [((2,), jnp.uint32)]
+    for kind in (nnx.Param, nnx.LoRAParam):
+        leaves = jax.tree.leaves(nnx.state(layer, kind))
+        assert leaves
+        assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+    assert len(jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))) == 6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_router_against_numpy(x, normalize):
+    router = TopKRouter(HIDDEN, EXPERTS, K, normalize=normalize, rngs=nnx.Rngs(0))
+    ids, w, routing = router(x)
+    logits = np.asarray(x, np.float64) @ np.asarray(router.gate.kernel[...], np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    want_ids = np.argsort(-p, axis=-1)[..., :K]
+    want_w = np.take_along_axis(p, want_ids, -1)
+    if normalize:
+        want_w /= want_w.sum(-1, keepdims=True)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(w, want_w, rtol=1e-5)
+    counts = np.bincount(want_ids.ravel(), minlength=EXPERTS) / 15
+    np.testing.assert_allclose(routing.load, counts, rtol=1e-6)
+    np.testing.assert_allclose(routing.probability, p.mean((0, 1)), rtol=1e-5)
+
+
+def test_masked_tokens_do_not_count(store, x):
+    layer = make_layer(make_experts(store))
+    mask = jnp.arange(5) < jnp.array([5, 2, 0])[:, None]
+    y, routing = layer(x, mask)
+    full, _ = layer(x)
+    np.testing.assert_array_equal(y[mask], full[mask])
+    assert not np.any(np.asarray(y[~mask]))
+    _, kept = layer(x[mask])
+    np.testing.assert_allclose(routing.load, kept.load, rtol=1e-6)
+    np.testing.assert_allclose(routing.probability, kept.probability, rtol=1e-5)
+    ids, _, nobody = layer.router(x, jnp.zeros((3, 5), bool))
+    assert np.all(np.asarray(ids) == -1)
+    assert not np.any(np.asarray(nobody.load))
+
+
+def test_load_balancing_loss_is_k_when_even():
+    from ktjax.nn import Routing
+
+    even = Routing(jnp.full(EXPERTS, K / EXPERTS), jnp.full(EXPERTS, 1 / EXPERTS))
+    np.testing.assert_allclose(load_balancing_loss([even, even]), K, rtol=1e-6)
+    with pytest.raises(ValueError, match="no layer has a router"):
+        load_balancing_loss([])
+
+
+def loss_of(layer, x):
+    y, routing = layer(x)
+    return jnp.mean(y.astype(jnp.float32) ** 2) + 0.01 * load_balancing_loss([routing])
+
+
+@pytest.mark.parametrize("shared", [None, 48])
+def test_value_and_gradients_against_the_reference(store, weights, x, shared):
+    grads = []
+    for source in (store, weights):
+        layer = make_layer(
+            randomize_b(make_experts(source)),
+            shared_intermediate_size=shared,
+            gate_shared=shared is not None,
+        )
+        both = nnx.DiffState(0, nnx.Any(nnx.LoRAParam, nnx.Param))
+        value, grad = nnx.jit(nnx.value_and_grad(loss_of, argnums=both))(layer, x)
+        grads.append((value, nnx.to_flat_state(grad)))
+    (got_value, got), (want_value, want) = grads
+    # The loss is quadratic in y: twice the relative error of y.
+    assert abs(got_value - want_value) <= 2 * KERNEL_TOLERANCE * abs(want_value)
+    assert len(want) == (11 if shared else 7)
+    for (path, g), (want_path, w) in zip(got, want, strict=True):
+        assert path == want_path
+        # Upstream of the layer's own error comes that of y, through 2y.
+        assert relative(g[...], w[...]) <= 2 * KERNEL_TOLERANCE, path
+
+
+def test_training_updates_only_lora_and_traces_once(store, x):
+    layer = make_layer(make_experts(store))
+    frozen = jax.tree.map(np.asarray, nnx.state(layer, nnx.Not(nnx.LoRAParam)))
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.LoRAParam)
+    traces = []
+
+    @nnx.jit
+    def step(layer, optimizer, x):
+        traces.append(1)
+        grad = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))
+        loss, grads = grad(layer, x)
+        optimizer.update(layer, grads)
+        return loss
+
+    losses = [float(step(layer, optimizer, x)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert len(traces) == 1
+    after = jax.tree.map(np.asarray, nnx.state(layer, nnx.Not(nnx.LoRAParam)))
+    jax.tree.map(np.testing.assert_array_equal, after, frozen)
+    assert np.any(np.asarray(layer.experts.down_b[...]))
+
+
+def test_remat_gives_the_same_gradients(store, x):
+    layer = make_layer(randomize_b(make_experts(store)))
+
+    def rematted(layer, x):
+        return nnx.remat(loss_of)(layer, x)
+
+    grads = [
+        nnx.jit(nnx.grad(f, argnums=nnx.DiffState(0, nnx.LoRAParam)))(layer, x)
+        for f in (loss_of, rematted)
+    ]
+    flat = [nnx.to_flat_state(grad) for grad in grads]
+    for (path, a), (_, b) in zip(*flat, strict=True):
+        np.testing.assert_allclose(
+            a[...], b[...], rtol=1e-5, atol=1e-9, err_msg=str(path)
+        )
+
+
+def test_layers_stack_under_scan(weights, x):
+    stores = [ktjax.ExpertStore.from_arrays(*(n * w for w in weights)) for n in (1, 2)]
+    layers = [make_layer(make_experts(store)) for store in stores]
+    want = x
+    for layer in layers:
+        want = want + layer(want)[0]
+    graph, *states = (
+        nnx.split(layers[0])[0],
+        *(nnx.split(layer)[1] for layer in layers),
+    )
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def body(x, state):
+        return x + nnx.merge(graph, state)(x)[0], None
+
+    got, _ = jax.jit(lambda x, s: jax.lax.scan(body, x, s))(x, stacked)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    for store in stores:
+        store.close()
+
+
+def test_linen_bridge(store, x):
+    def factory(rngs):
+        del rngs  # the layer below draws from fixed keys, to compare with nnx
+        return make_layer(randomize_b(make_experts(store)))
+
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            y, routing = bridge.to_linen(factory, name="moe")(x)
+            return x + y, routing.load
+
+    block = Block()
+    variables = block.init(jax.random.key(0), x)
+    (y, load), want = (
+        block.apply(variables, x),
+        make_layer(randomize_b(make_experts(store)))(x),
+    )
+    np.testing.assert_allclose(y, x + want[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(load, want[1].load)
+    lora = {"LoRAParam": variables["LoRAParam"]}
+    rest = {name: value for name, value in variables.items() if name != "LoRAParam"}
+
+    @jax.jit
+    @jax.grad
+    def grad(lora):
+        return jnp.mean(block.apply({**rest, **lora}, x)[0] ** 2)
+
+    leaves = jax.tree.leaves(grad(lora))
+    assert len(leaves) == 6
+    assert all(np.any(np.asarray(leaf)) for leaf in leaves)
+
+
+def test_bfloat16_tokens_stay_bfloat16(store, x):
+    layer = make_layer(make_experts(store), shared_intermediate_size=48)
+    assert layer(x.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+def test_errors(store):
+    with pytest.raises(ValueError, match="1 to num_experts = 4, got 5"):
+        TopKRouter(HIDDEN, 4, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="1 to 256, got 0"):
+        RoutedExperts(store, lora_rank=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="needs rngs"):
+        RoutedExperts(store, lora_rank=4)
+    with pytest.raises(ValueError, match="gate_shared needs shared experts"):
+        make_layer(make_experts(store), gate_shared=True)

@@ -2,6 +2,7 @@
 
 #include <emmintrin.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,11 +24,11 @@ void FutexWakeAll(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-uint32_t Gate::WaitWhile(uint32_t old, std::chrono::nanoseconds spin) {
+uint32_t Gate::WaitWhile(uint32_t old, Patience patience) {
   uint32_t now = value();
   if (now != old) return now;
-  if (spin.count() > 0) {
-    const auto deadline = std::chrono::steady_clock::now() + spin;
+  if (patience.spin.count() > 0) {
+    const auto deadline = std::chrono::steady_clock::now() + patience.spin;
     do {
       // A pause takes 40 (Zen) to 140 (Skylake and later) cycles, the clock about 50.
       for (int i = 0; i < 8; ++i) {
@@ -35,6 +36,7 @@ uint32_t Gate::WaitWhile(uint32_t old, std::chrono::nanoseconds spin) {
         now = value();
         if (now != old) return now;
       }
+      if (patience.yield) sched_yield();
     } while (std::chrono::steady_clock::now() < deadline);
   }
   sleepers_.fetch_add(1);

@@ -9,6 +9,15 @@
 
 namespace ktjax::internal {
 
+// How to wait before sleeping.
+struct Patience {
+  std::chrono::nanoseconds spin{0};
+  // Lets whoever else wants this CPU have it at once. Without, the caller of a job,
+  // woken on the CPU of a worker that spins for the next job, waits until that spin is
+  // over.
+  bool yield = false;
+};
+
 // Aligned so that two gates never share a line, nor the pair of lines that Intel's
 // adjacent-line prefetcher moves together.
 class alignas(128) Gate {
@@ -27,7 +36,7 @@ class alignas(128) Gate {
   void ClearBits(uint32_t bits) { value_.fetch_and(~bits); }
 
   // Returns the value as soon as it is not `old`.
-  uint32_t WaitWhile(uint32_t old, std::chrono::nanoseconds spin);
+  uint32_t WaitWhile(uint32_t old, Patience patience);
 
  private:
   void WakeSleepers();

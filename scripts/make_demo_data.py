@@ -1,8 +1,8 @@
-"""Write the demo dataset: `python scripts/make_demo_data.py --out ktjax/assets/demo_data`.
+"""Write the demo dataset: `python scripts/make_demo_data.py --out DIR`.
 
-Every example is one chat turn of the form "task: word". The base model learns the tasks of
-`BASE_TASKS` (see make_demo_model.py) and never sees `NEW_TASK`, which is what the demo
-fine-tunes. A tenth of the words is held out: no training set contains them.
+Every example is one chat turn of the form "task: word". The base model learns the tasks
+of `BASE_TASKS` (see make_demo_model.py) and never sees `NEW_TASK`, which is what the
+demo fine-tunes. A tenth of the words is held out: no training set contains them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BASE_TASKS: dict[str, Callable[[str], str]] = {
 NEW_TASK = "cipher"
 TASKS = {**BASE_TASKS, NEW_TASK: lambda word: word.translate(NEXT_LETTER)}
 
-ONSETS = "b c d f g h j k l m n p qu r s t v w x y z st tr pl ch sh".split()
-VOWELS = "a e i o u a e i o u ea oo y".split()
-CODAS = ["", "", "", *"b c d f g j k l m n p q r s t v w x z ck nt rd".split()]
+ONSETS = (*"bcdfghjklmnp", "qu", *"rstvwxyz", "st", "tr", "pl", "ch", "sh")
+VOWELS = (*"aeiouaeiou", "ea", "oo", "y")
+CODAS = ("", "", "", *"bcdfgjklmnpqrstvwxz", "ck", "nt", "rd")
 SHORTEST, LONGEST = 3, 8
 
 
@@ -90,7 +90,7 @@ def make_split(
 
 def main() -> None:
     """Write train.jsonl and eval.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write the demo dataset.")
     parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -20,8 +20,8 @@ class Batch(NamedTuple):
 
     `input_ids` and `targets` (the token that follows, within the chat) are int32;
     `weights` float32 is 1 where the target is to be learnt, else 0; `positions` int32
-    counts from 0 in every chat; `segment_ids` int32 numbers the chats of a row from 1, and
-    0 is padding.
+    counts from 0 in every chat; `segment_ids` int32 numbers the chats of a row from 1,
+    and 0 is padding.
     """
 
     input_ids: np.ndarray
@@ -36,6 +36,9 @@ class Position(NamedTuple):
 
     epoch: int
     batch: int
+
+
+START = Position(0, 0)
 
 
 class _Plan(NamedTuple):
@@ -132,8 +135,8 @@ class Batcher:
 class BatchStream:
     """Endless shuffled batches; `position` says where it is and where to resume.
 
-    The order is a function of the seed and the epoch alone, so a stream built at a saved
-    position yields exactly what the original would have yielded.
+    The order is a function of the seed and the epoch alone, so a stream built at a
+    saved position yields exactly what the original would have yielded.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class BatchStream:
         examples: Sequence[Example],
         batcher: Batcher,
         seed: int,
-        position: Position = Position(0, 0),
+        position: Position = START,
     ):
         self.position = position
         self._examples = examples

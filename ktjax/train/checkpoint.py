@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a directory `step-00000123` with one safetensors file per pytree and a
-meta.json. It is written under a temporary name, every file and the directory synced, and
-then renamed: the rename is atomic, so a name that matches holds a complete checkpoint.
+meta.json. It is written under a temporary name, every file and the directory synced,
+and then renamed: the rename is atomic, so a name that matches holds a complete
+checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def save_checkpoint(
       The checkpoint's directory.
 
     Raises:
-      CheckpointError: the system refuses, or there is a checkpoint of that step already.
+      CheckpointError: the system refuses, or that step has a checkpoint already.
     """
     final = root / f"step-{step:08d}"
     if final.exists():
@@ -101,7 +102,9 @@ def load_tree(path: Path, name: str, like: Any) -> Any:
     wanted = {_key(keys): leaf for keys, leaf in paths}
     if different := sorted(set(stored) ^ set(wanted)):
         which = "lacks" if different[0] in wanted else "has an unknown"
-        raise CheckpointError(f"{file} does not fit this model: it {which} {different[0]}")
+        raise CheckpointError(
+            f"{file} does not fit this model: it {which} {different[0]}"
+        )
     leaves = []
     for key, leaf in wanted.items():
         array, expected = stored[key], _raw(leaf)
@@ -130,7 +133,9 @@ def _raw(leaf: Any) -> Any:
 def _restore(array: np.ndarray, leaf: Any) -> jax.Array:
     # jnp.array copies: a donated buffer must never alias memory that NumPy owns.
     if _is_key(leaf):
-        return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(
+            jnp.array(array), impl=jax.random.key_impl(leaf)
+        )
     return jnp.array(array)
 
 

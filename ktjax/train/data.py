@@ -98,7 +98,8 @@ def _parse_line(line: str, source: str) -> Chat:
     else:
         keys = ", ".join(sorted(row)) or "none"
         raise DataError(
-            f'{source}: expected "messages", or "instruction" and "output"; got keys: {keys}'
+            f'{source}: expected "messages", or "instruction" and "output"; '
+            f"got keys: {keys}"
         )
     return Chat(tuple(messages), source, group)
 

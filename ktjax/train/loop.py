@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, metrics, checkpoints, and an orderly way out."""
+"""The training loop: steps, evaluation, metrics, checkpoints, and an orderly exit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from ktjax.train import checkpoint
-from ktjax.train.batching import Batcher, BatchStream, Position
+from ktjax.train.batching import START, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
 from ktjax.train.data import Example
 from ktjax.train.step import (
@@ -97,13 +97,13 @@ def fit(
     split = split_model(model)
     root = output_dir / "checkpoints"
     state = init_state(split, make_optimizer(config))
-    start = Position(0, 0)
+    start = START
     if config.resume:
         state, start = _resume(root, state, config, len(train))
     elif checkpoint.list_checkpoints(root):
         raise TrainingError(
-            f"{output_dir} holds checkpoints of an earlier run; continue it with resume, "
-            "or choose another output directory"
+            f"{output_dir} holds checkpoints of an earlier run; continue it with "
+            "resume, or choose another output directory"
         )
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
     stream = BatchStream(train, batcher, config.seed, start)
@@ -116,7 +116,9 @@ def fit(
     def save() -> None:
         nonlocal saved
         if step > saved:
-            observer.on_checkpoint(_save(root, state, stream.position, config, len(train)))
+            observer.on_checkpoint(
+                _save(root, state, stream.position, config, len(train))
+            )
             saved = step
 
     with _deferred_interrupt() as interrupted:
@@ -181,7 +183,9 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [
+            line for line in path.read_text().splitlines() if _step_of(line) <= step
+        ]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
@@ -209,7 +213,9 @@ def _check_finite(metrics: dict[str, float], step: int, root: Path) -> None:
     if not bad:
         return
     saved = checkpoint.list_checkpoints(root)
-    rescue = f"the last good checkpoint is {saved[-1][1]}" if saved else "nothing is saved"
+    rescue = (
+        f"the last good checkpoint is {saved[-1][1]}" if saved else "nothing is saved"
+    )
     raise TrainingError(
         f"step {step}: {bad[0]} is {metrics[bad[0]]}; lower learning_rate or clip_norm "
         f"({rescue})"
@@ -217,7 +223,11 @@ def _check_finite(metrics: dict[str, float], step: int, root: Path) -> None:
 
 
 def _save(
-    root: Path, state: TrainState, position: Position, config: TrainConfig, examples: int
+    root: Path,
+    state: TrainState,
+    position: Position,
+    config: TrainConfig,
+    examples: int,
 ) -> Path:
     trees = {
         "lora": state.lora,

@@ -8,12 +8,12 @@ import optax
 
 
 def cross_entropy_sum(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array
+    logits: jax.Array, targets: jax.typing.ArrayLike, weights: jax.typing.ArrayLike
 ) -> jax.Array:
     """Σ weights · -log softmax(logits)[targets], accumulated in float32.
 
-    A sum, not a mean, so that micro-batches with unequal numbers of learnt tokens add up
-    to exactly the loss of one big batch.
+    A sum, not a mean, so that micro-batches with unequal numbers of learnt tokens add
+    up to exactly the loss of one big batch.
 
     Args:
       logits: `[batch, sequence, vocab]`, any float dtype.
@@ -27,4 +27,5 @@ def cross_entropy_sum(
         logits.astype(jnp.float32), targets
     )
     # Not a product: a masked position that overflowed would give 0 * inf = NaN.
-    return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
+    weights = jnp.asarray(weights)
+    return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0))

@@ -38,7 +38,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
-    """A model in parts: static `graph`, changing `lora` and `random`, constant `frozen`."""
+    """A model in parts: static graph, changing lora and random, constant frozen."""
 
     graph: nnx.GraphDef
     lora: nnx.State
@@ -52,7 +52,8 @@ def split_model(model: nnx.Module) -> SplitModel:
     Raises:
       ValueError: the model has no `nnx.LoRAParam`, so nothing could be trained.
     """
-    graph, lora, random, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+    parts: Any = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+    graph, lora, random, frozen = parts
     if not jax.tree.leaves(lora):
         raise ValueError(
             "train: the model has no nnx.LoRAParam; load it with a LoRA configuration"
@@ -80,7 +81,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def init_state(split: SplitModel, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    split: SplitModel, optimizer: optax.GradientTransformation
+) -> TrainState:
     """The state before the first step; copies, so that donating it spares the model."""
     lora, random = jax.tree.map(jnp.copy, (split.lora, split.random))
     return TrainState(lora, random, optimizer.init(lora), jnp.zeros((), jnp.int32))
@@ -91,13 +94,14 @@ def make_train_step(
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; it donates the state.
 
-    The batch's rows are cut into `config.accumulation` micro-batches, which a scan runs one
-    after the other. Each adds its sum of losses, divided by the learnt tokens of the whole
-    batch, so the gradient is that of the whole batch however the tokens are spread.
+    The batch's rows are cut into `config.accumulation` micro-batches, which a scan runs
+    one after the other. Each adds its sum of losses, divided by the learnt tokens of
+    the whole batch, so the gradient is that of the whole batch however the tokens are
+    spread.
 
     Returns:
-      `step(state, frozen, batch) -> (state, metrics)`; metrics are float32 scalars: loss
-      (mean over learnt tokens), router_aux, grad_norm (before clipping) and
+      `step(state, frozen, batch) -> (state, metrics)`; metrics are float32 scalars:
+      loss (mean over learnt tokens), router_aux, grad_norm (before clipping) and
       learning_rate.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -106,7 +110,7 @@ def make_train_step(
     def loss_fn(
         lora: nnx.State, random: nnx.State, frozen: nnx.State, batch: Batch, total: Any
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, nnx.State]]:
-        model = nnx.merge(graph, lora, random, frozen)
+        model = nnx.merge(graph, lora, random, frozen, copy=True)
         logits, aux = model(
             batch.input_ids,
             positions=batch.positions,
@@ -142,7 +146,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "router_aux": aux,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(lora, random, opt_state, state.step + 1), metrics

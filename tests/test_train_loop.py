@@ -1,0 +1,262 @@
+"""Steps, resuming, accumulation, Ctrl-C and the NaN guard, on a stand-in model."""
+
+import itertools
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from train_standin import Silent, StandIn, make_config, make_examples
+
+from ktjax.train import loop
+from ktjax.train.batching import Batcher
+from ktjax.train.checkpoint import list_checkpoints
+from ktjax.train.config import TrainConfig
+from ktjax.train.loop import TrainingError, fit
+from ktjax.train.loss import cross_entropy_sum
+from ktjax.train.step import (
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    split_model,
+)
+
+EXAMPLES = make_examples(40)
+
+
+def train(tmp_path, name, observer=None, model=None, **changes):
+    model = model or StandIn()
+    config = make_config(**changes)
+    observer = observer or Silent()
+    result = fit(model, EXAMPLES, EXAMPLES[:5], config, tmp_path / name, observer)
+    return model, result, observer
+
+
+def assert_same(left, right):
+    for old, new in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def state_of(model):
+    lora, random, rest = nnx.state(model, nnx.LoRAParam, nnx.RngState, ...)
+    return jax.tree.map(
+        lambda a: (
+            jax.random.key_data(a)
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+            else a
+        ),
+        (lora, random, rest),
+    )
+
+
+class StopAt(Silent):
+    """Presses Ctrl-C once the given step is done."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.stop = step
+
+    def on_step(self, metrics):
+        super().on_step(metrics)
+        if metrics["step"] == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("batching", ["pack", "pad"])
+def test_interrupted_and_resumed_run_is_bit_exact(tmp_path, batching):
+    whole, result, _ = train(tmp_path, "whole", batching=batching)
+    assert (result.step, result.interrupted, len(result.losses)) == (6, False, 6)
+
+    _, first, observer = train(tmp_path, "cut", StopAt(3), batching=batching)
+    assert (first.step, first.interrupted) == (3, True)
+    assert observer.saved == [tmp_path / "cut/checkpoints/step-00000003"]
+    resumed, second, _ = train(
+        tmp_path, "cut", batching=batching, resume=True, output_dir=tmp_path / "cut"
+    )
+    assert second.step == 6
+    assert first.losses + second.losses == result.losses
+    assert_same(state_of(whole), state_of(resumed))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_lora_and_random_state_change(tmp_path):
+    before = state_of(StandIn())
+    model, _, observer = train(tmp_path, "run", eval_every=2)
+    after = state_of(model)
+    assert_same(before[2], after[2])
+    changed = [
+        not np.array_equal(old, new)
+        for old, new in zip(
+            jax.tree.leaves(before[0]), jax.tree.leaves(after[0]), strict=True
+        )
+    ]
+    assert changed == [True, True]
+    assert [step for step, _ in observer.evaluations] == [2, 4, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    keys = {"step", "loss", "router_aux", "grad_norm", "learning_rate", "tokens"}
+    assert lines[0].keys() == keys | {"seconds"}
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    train(tmp_path, "run", StopAt(4))
+    path = tmp_path / "run/metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')
+    train(tmp_path, "run", resume=True, output_dir=tmp_path / "run")
+    steps = [json.loads(line)["step"] for line in path.open()]
+    assert steps == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_training_learns(tmp_path):
+    examples = make_examples(40)
+    for example in examples:
+        example.ids[example.learn] = 7
+    config = make_config(steps=40, learning_rate=5e-2)
+    result = fit(StandIn(dropout=0.0), examples, [], config, tmp_path, Silent())
+    assert np.mean(result.losses[-5:]) < 0.85 * np.mean(result.losses[:5])
+
+
+def one_step(accumulation, rows):
+    model = StandIn(dropout=0.0)
+    config = make_config(
+        batch_size=rows, accumulation=accumulation, router_aux_weight=0.1
+    )
+    split = split_model(model)
+    state = init_state(split, make_optimizer(config))
+    batcher = Batcher.from_config(config, rows * accumulation)
+    batch = next(batcher.once(EXAMPLES))
+    # Micro-batches with unequal numbers of learnt tokens, one without any.
+    batch.weights[: rows * accumulation // 4] = 0
+    step = make_train_step(split.graph, config)
+    state, metrics = step(state, split.frozen, batch)
+    return state, metrics
+
+
+def test_accumulation_equals_one_big_batch():
+    big, big_metrics = one_step(1, 8)
+    split, split_metrics = one_step(4, 2)
+    for name, value in big_metrics.items():
+        # Sums of a few hundred float32 terms in another order.
+        np.testing.assert_allclose(split_metrics[name], value, rtol=2e-6, err_msg=name)
+    # Adam divides by |gradient|, so a rounding error is relative to the rate.
+    for old, new in zip(
+        jax.tree.leaves(big.lora), jax.tree.leaves(split.lora), strict=True
+    ):
+        np.testing.assert_allclose(old, new, rtol=0, atol=1e-2 * 1e-3)
+
+
+def test_state_is_donated_and_the_model_is_not():
+    model = StandIn()
+    config = make_config()
+    split = split_model(model)
+    state = init_state(split, make_optimizer(config))
+    batch = next(Batcher.from_config(config, 4).once(EXAMPLES))
+    after, _ = make_train_step(split.graph, config)(state, split.frozen, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.lora))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+    assert int(after.step) == 1
+
+
+def test_one_trace_for_many_steps():
+    model = StandIn()
+    config = make_config()
+    split = split_model(model)
+    state = init_state(split, make_optimizer(config))
+    step = make_train_step(split.graph, config)
+    for batch in Batcher.from_config(config, 4).once(EXAMPLES):
+        state, _ = step(state, split.frozen, batch)
+    assert step._cache_size() == 1
+
+
+def test_nan_guard_names_the_step(tmp_path, monkeypatch):
+    def poisoned(graph, config):
+        step = make_train_step(graph, config)
+
+        def poison_third(state, frozen, batch):
+            if int(state.step) == 2:
+                batch.weights[:] = np.nan
+                batch.weights[0] = np.inf
+            return step(state, frozen, batch)
+
+        return poison_third
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(TrainingError, match=r"step 3: loss is nan.*step-00000002"):
+        train(tmp_path, "run", checkpoint_every=1)
+    steps = [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")]
+    assert steps == [1, 2]
+
+
+def test_refuses_what_cannot_be_continued(tmp_path):
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        train(tmp_path, "run", resume=True, output_dir=tmp_path)
+    train(tmp_path, "run", StopAt(2))
+    with pytest.raises(TrainingError, match="holds checkpoints of an earlier run"):
+        train(tmp_path, "run")
+    with pytest.raises(TrainingError, match=r"made with seed = 0, now it is 1"):
+        train(tmp_path, "run", resume=True, output_dir=tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"no nnx\.LoRAParam"):
+        split_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_second_interrupt_leaves_at_once(tmp_path):
+    class Impatient(StopAt):
+        def on_checkpoint(self, path):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "run", Impatient(1))
+
+
+def test_schedule():
+    config = make_config(steps=100, warmup_steps=10, learning_rate=1.0, final_rate=0.1)
+    rates = [float(make_schedule(config)(step)) for step in range(101)]
+    assert 0 < rates[0] < rates[5] < rates[10] == max(rates) == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_loss_is_float32_and_ignores_masked_positions():
+    logits = jnp.array([[[2.0, 0.0], [jnp.inf, 0.0]]], jnp.bfloat16)
+    targets, weights = jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]])
+    value, grad = jax.value_and_grad(cross_entropy_sum)(
+        logits.astype(jnp.float32), targets, weights
+    )
+    assert value == pytest.approx(np.log1p(np.exp(-2.0)))
+    assert value.dtype == jnp.float32
+    assert cross_entropy_sum(logits, targets, weights).dtype == jnp.float32
+    assert float(grad[0, 0, 0]) == pytest.approx(-1 / (1 + np.exp(2.0)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 0, "at least 1"),
+        ("steps", 1.5, "of type int"),
+        ("steps", True, "of type int"),
+        ("lora_rank", 257, "at most 256"),
+        ("learning_rate", 0.0, "above 0"),
+        ("learning_rate", float("nan"), "of type float"),
+        ("learning_rate", "x", "of type float"),
+        ("final_rate", 1.5, "at most 1"),
+        ("dtype", "float16", "one of float32, bfloat16"),
+        ("batching", "sort", "one of pack, pad"),
+        ("warmup_steps", 240, r"below steps \(240\)"),
+        ("resume", True, "needs output_dir"),
+    ],
+)
+def test_config_errors_name_field_and_value(field, value, words):
+    with pytest.raises(ValueError, match=rf"TrainConfig\.{field} .*{words}"):
+        TrainConfig(**{field: value})
+
+
+def test_config_accepts_strings_for_paths_and_integers_for_floats():
+    config = TrainConfig(model="m", eval_data=None, learning_rate=1)
+    assert config.model.name == "m"
+    assert isinstance(config.learning_rate, float)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pathlib
 import signal
 
 import jax
@@ -249,6 +250,7 @@ def test_loss_is_float32_and_ignores_masked_positions():
         ("batching", "sort", "one of pack, pad"),
         ("warmup_steps", 240, r"below steps \(240\)"),
         ("resume", True, "needs output_dir"),
+        ("model", "m", "needs train_data"),
     ],
 )
 def test_config_errors_name_field_and_value(field, value, words):
@@ -257,6 +259,7 @@ def test_config_errors_name_field_and_value(field, value, words):
 
 
 def test_config_accepts_strings_for_paths_and_integers_for_floats():
-    config = TrainConfig(model="m", eval_data=None, learning_rate=1)
-    assert config.model.name == "m"
+    config = TrainConfig(model="m", train_data="d", learning_rate=1)
+    assert config.model_path == pathlib.Path("m")
+    assert config.eval_path is None
     assert isinstance(config.learning_rate, float)

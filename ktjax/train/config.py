@@ -1,34 +1,15 @@
-"""The configuration of a training run: one frozen dataclass, validated when built."""
+"""The configurations of training and generation, validated when built."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from ktjax import assets
+from ktjax.train.options import Option, check_fields
 
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """What a field means, and its limits; the annotation of each field carries one.
-
-    Attributes:
-      help: one line for people.
-      least: smallest value allowed.
-      most: largest value allowed.
-      above: every value must be greater.
-      choices: the values allowed.
-    """
-
-    help: str
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] | None = None
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +21,20 @@ class TrainConfig:
     ValueError with the field's name, what was expected, and the value.
     """
 
-    model: Annotated[Path, Option("Hugging Face directory of the base model")] = (
-        dataclasses.field(default_factory=assets.demo_model)
-    )
+    model: Annotated[
+        Path | None, Option("Hugging Face directory of the base model (default: demo)")
+    ] = None
     train_data: Annotated[
-        Path,
-        Option("JSONL chats to learn: messages, or alpaca's instruction/input/output"),
-    ] = dataclasses.field(default_factory=lambda: assets.demo_data("train"))
-    eval_data: Annotated[Path | None, Option("JSONL chats to evaluate on")] = (
-        dataclasses.field(default_factory=lambda: assets.demo_data("eval"))
-    )
+        Path | None,
+        Option(
+            "JSONL chats to learn: messages, or alpaca's instruction/input/output "
+            "(default: demo)"
+        ),
+    ] = None
+    eval_data: Annotated[
+        Path | None,
+        Option("JSONL chats to evaluate on (default: the demo's with the demo's data)"),
+    ] = None
     output_dir: Annotated[
         Path | None,
         Option(
@@ -64,9 +49,16 @@ class TrainConfig:
         str,
         Option(
             "dtype of everything outside the experts; on a CPU float32 is the fast one",
-            choices=("float32", "bfloat16"),
+            choices=DTYPES,
         ),
     ] = "float32"
+    activation_policy: Annotated[
+        str,
+        Option(
+            "save the experts' activations, or recompute them in the backward pass",
+            choices=("save", "recompute"),
+        ),
+    ] = "save"
     lora_rank: Annotated[
         int, Option("rank of the experts' adapters", least=1, most=256)
     ] = 16
@@ -148,10 +140,9 @@ class TrainConfig:
     ] = 0
 
     def __post_init__(self) -> None:
-        for name, hint in _fields():
-            value = _convert(name, hint.__origin__, getattr(self, name))
-            object.__setattr__(self, name, value)
-            _check_limits(name, value, hint.__metadata__[0])
+        check_fields(self)
+        if self.model is not None and self.train_data is None:
+            raise ValueError("TrainConfig.model needs train_data, what it shall learn")
         if self.resume and self.output_dir is None:
             raise ValueError("TrainConfig.resume needs output_dir, the run to continue")
         if self.warmup_steps >= self.steps:
@@ -159,6 +150,23 @@ class TrainConfig:
                 f"TrainConfig.warmup_steps must be below steps ({self.steps}), "
                 f"got {self.warmup_steps}"
             )
+
+    @property
+    def model_path(self) -> Path:
+        """The directory of the base model: the given one, or the demo's."""
+        return self.model or assets.demo_model()
+
+    @property
+    def train_path(self) -> Path:
+        """The file of chats to learn: the given one, or the demo's."""
+        return self.train_data or assets.demo_data("train")
+
+    @property
+    def eval_path(self) -> Path | None:
+        """The file to evaluate on: the given one, the demo's for the demo, or none."""
+        if self.eval_data is None and self.train_data is None:
+            return assets.demo_data("eval")
+        return self.eval_data
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the updates; a resumed run must have the same."""
@@ -170,53 +178,36 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names.split()}
 
 
-def _fields() -> list[tuple[str, Any]]:
-    """(name, `Annotated` hint) of every field, in order."""
-    return list(typing.get_type_hints(TrainConfig, include_extras=True).items())
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What to generate, and with which model; fields as in `TrainConfig`."""
 
+    prompt: Annotated[str, Option("the user's message")]
+    model: Annotated[
+        Path | None,
+        Option("Hugging Face directory (default: the run's, or else the demo's)"),
+    ] = None
+    run: Annotated[
+        Path | None,
+        Option("output directory of a training, to use its newest adapters"),
+    ] = None
+    system: Annotated[str | None, Option("the system message")] = None
+    experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
+    dtype: Annotated[
+        str, Option("dtype of everything outside the experts", choices=DTYPES)
+    ] = "float32"
+    max_new_tokens: Annotated[int, Option("most tokens to generate", least=1)] = 64
+    temperature: Annotated[
+        float, Option("of the sampling; 0 = always the most probable token", least=0)
+    ] = 0.0
+    top_k: Annotated[
+        int | None, Option("sample among the k most probable tokens", least=1)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Option("sample among tokens whose probabilities reach p", above=0, most=1),
+    ] = None
+    seed: Annotated[int, Option("decides the sampling", least=0)] = 0
 
-def options() -> list[tuple[str, type, Option, Any]]:
-    """(name, type, option, default) of every field, for building a command line."""
-    defaults = TrainConfig()
-    return [
-        (name, _base(hint.__origin__), hint.__metadata__[0], getattr(defaults, name))
-        for name, hint in _fields()
-    ]
-
-
-def _base(kind: Any) -> type:
-    """`T` of `T | None`, or the type itself."""
-    return typing.get_args(kind)[0] if typing.get_args(kind) else kind
-
-
-def _convert(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the field's type; paths may come as strings, floats as integers."""
-    base = _base(kind)
-    if value is None and base is not kind:
-        return None
-    if base is Path and isinstance(value, str | Path):
-        return Path(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if base is float and number and math.isfinite(value):
-        return float(value)
-    if base is float or type(value) is not base:
-        raise ValueError(
-            f"TrainConfig.{name} must be of type {base.__name__}, got {value!r}"
-        )
-    return value
-
-
-def _check_limits(name: str, value: Any, option: Option) -> None:
-    """Hold `value` against the limits of its field."""
-    tests: list[tuple[str, Any, Callable[[Any], bool]]] = [
-        ("at least", option.least, lambda limit: value >= limit),
-        ("at most", option.most, lambda limit: value <= limit),
-        ("above", option.above, lambda limit: value > limit),
-        ("one of", option.choices, lambda limit: value in limit),
-    ]
-    for words, limit, passes in tests:
-        if limit is not None and not passes(limit):
-            shown = ", ".join(limit) if isinstance(limit, tuple) else limit
-            raise ValueError(
-                f"TrainConfig.{name} must be {words} {shown}, got {value!r}"
-            )
+    def __post_init__(self) -> None:
+        check_fields(self)

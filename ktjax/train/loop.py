@@ -235,6 +235,7 @@ def _save(
         "optimizer": state.optimizer,
     }
     meta = {
+        "model": str(config.model_path.resolve()),
         "position": position._asdict(),
         "examples": examples,
         "config": config.trajectory(),

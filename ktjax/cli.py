@@ -1,0 +1,138 @@
+"""The command line: arguments -> configuration -> call."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from ktjax import doctor
+from ktjax.train.config import GenerateConfig, TrainConfig
+from ktjax.train.options import fields_of
+from ktjax.train.run import run_generation, run_training
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ktjax`; returns the exit code.
+
+    An error is one line on stderr and the code 2, with `--debug` a traceback; Ctrl-C is
+    the code 130.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        return args.call(args)
+    except KeyboardInterrupt:
+        print("ktjax: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            raise
+        # str(KeyError) is the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        line = " ".join(str(message).split()) or type(error).__name__
+        print(f"ktjax: error: {line}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ktjax",
+        description="LoRA fine-tuning of Mixture-of-Experts models in JAX.",
+    )
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, add, help in (
+        ("train", _add_train, "train the experts' adapters; alone, runs a demo"),
+        ("generate", _add_generate, "answer a prompt with a base or a trained model"),
+        ("doctor", _add_doctor, "show what ktjax sees of this machine"),
+    ):
+        command = commands.add_parser(name, help=help, description=add.__doc__)
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+        add(command)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """Train the LoRA adapters of a model's experts.
+
+    Without options, a small model that ships with the package learns a task that it
+    cannot do.
+    """
+    _add_options(parser, TrainConfig)
+    parser.set_defaults(call=_train)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    """Answer one prompt, with the base model or with the adapters of a training."""
+    _add_options(parser, GenerateConfig)
+    parser.set_defaults(call=_generate)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Show the CPU, the instruction set in use and why, NUMA, memory, and versions."""
+    parser.set_defaults(call=_doctor)
+
+
+def _add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """A positional argument for each required field, an option for every other one.
+
+    Options that are not given stay out of the namespace: the configuration knows its
+    defaults.
+    """
+    for field in fields_of(config):
+        help = field.option.help.replace("%", "%%")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, type=field.kind, help=help)
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if field.kind is bool:
+            parser.add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=help
+            )
+            continue
+        if field.default is not None:
+            help += f" (default: {field.default})"
+        parser.add_argument(
+            flag,
+            type=field.kind,
+            choices=field.option.choices,
+            default=argparse.SUPPRESS,
+            help=help,
+            metavar=None if field.option.choices else field.kind.__name__.upper(),
+        )
+
+
+def _config_arguments(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    given = vars(args)
+    names = (field.name for field in fields_of(config))
+    return {name: given[name] for name in names if name in given}
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = TrainConfig(**_config_arguments(args, TrainConfig))
+    result = run_training(config, Console())
+    return EXIT_INTERRUPTED if result.fit.interrupted else 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = GenerateConfig(**_config_arguments(args, GenerateConfig))
+    run_generation(config, Console())
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    Console().print(doctor.report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""A whole training or generation, from a configuration to what the user sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from ktjax.config import LoRAConfig
+from ktjax.models import Decoder, Tokenizer, from_pretrained, generate, generate_batch
+from ktjax.train import checkpoint
+from ktjax.train.answers import Answer, answer_chats
+from ktjax.train.config import GenerateConfig, TrainConfig
+from ktjax.train.data import Chat, read_chats, tokenize
+from ktjax.train.loop import FitResult, TrainingError, fit
+from ktjax.train.report import ProgressReport, match_table, sample_table
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a training did.
+
+    Attributes:
+      output_dir: where metrics.jsonl and checkpoints/ are.
+      fit: how the loop ended.
+      before: answers of the base model.
+      after: answers of the trained one; empty when interrupted.
+    """
+
+    output_dir: Path
+    fit: FitResult
+    before: list[Answer]
+    after: list[Answer]
+
+
+def run_training(config: TrainConfig, console: Console) -> TrainResult:
+    """Load, evaluate, train, evaluate, and show it all on `console`.
+
+    Raises:
+      DataError, TokenizerError, ConfigError, CheckpointError, TrainingError,
+      ValueError, FileNotFoundError: each says what is wrong and where.
+    """
+    output_dir = config.output_dir or _free_directory(Path("runs"))
+    tokenizer = Tokenizer(config.model_path)
+    chats = read_chats(config.train_path)
+    questions = [] if config.eval_path is None else read_chats(config.eval_path)
+    train = tokenize(chats, tokenizer, config.sequence_length)
+    evaluation = tokenize(questions, tokenizer, config.sequence_length)
+    model = _load(config, nnx.Rngs(config.seed))
+    try:
+        _describe(config, model, len(chats), len(questions), output_dir, console)
+
+        def answer() -> list[Answer]:
+            with console.status("answering the evaluation chats"):
+                return _answer(model, tokenizer, questions, config)
+
+        # The adapters start at zero, so before the training this is the base model.
+        before = answer()
+        with ProgressReport(console, config.steps) as report:
+            result = fit(model, train, evaluation, config, output_dir, report)
+        if result.interrupted:
+            console.print(
+                f"interrupted after step {result.step}, saved {result.checkpoint}; "
+                "continue with the same options and: "
+                f"--resume --output-dir {output_dir}",
+                soft_wrap=True,
+            )
+            return TrainResult(output_dir, result, before, [])
+        after = answer()
+    finally:
+        model.close()
+    if after:
+        console.print(match_table(before, after))
+        console.print(sample_table(before, after))
+    return TrainResult(output_dir, result, before, after)
+
+
+def run_generation(config: GenerateConfig, console: Console) -> None:
+    """Answer one prompt on `console`, token by token.
+
+    Raises:
+      CheckpointError, ConfigError, TokenizerError, TrainingError, ValueError,
+      FileNotFoundError: each says what is wrong and where.
+    """
+    path, lora, saved = config.model, None, None
+    if config.run is not None:
+        saved = _newest_checkpoint(config.run)
+        meta = checkpoint.read_meta(saved)
+        trained = meta["config"]
+        lora = LoRAConfig(trained["lora_rank"], trained["lora_alpha"])
+        path = path or Path(meta["model"])
+    path = path or TrainConfig().model_path
+    tokenizer = Tokenizer(path)
+    model = from_pretrained(path, experts=config.experts, dtype=config.dtype, lora=lora)
+    try:
+        if saved is not None:
+            state = nnx.state(model, nnx.LoRAParam)
+            nnx.update(model, checkpoint.load_tree(saved, "lora", state))
+        messages = [{"role": "user", "content": config.prompt}]
+        if config.system is not None:
+            messages.insert(0, {"role": "system", "content": config.system})
+        tokens = generate(
+            model,
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True),
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            key=jax.random.key(config.seed),
+            eos_ids=_end_ids(model, tokenizer),
+        )
+        for piece in tokenizer.decode_stream(tokens):
+            console.out(piece, end="", highlight=False)
+        console.out("")
+    finally:
+        model.close()
+
+
+def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
+    return from_pretrained(
+        config.model_path,
+        experts=config.experts,
+        dtype=config.dtype,
+        lora=LoRAConfig(config.lora_rank, config.lora_alpha),
+        activation_policy=config.activation_policy,
+        rngs=rngs,
+    )
+
+
+def _answer(
+    model: Decoder, tokenizer: Tokenizer, chats: Sequence[Chat], config: TrainConfig
+) -> list[Answer]:
+    """Greedy answers to the first `config.answers` chats."""
+    model.eval()
+
+    def answer(prompts: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+        ids = [
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+            for prompt in prompts
+        ]
+        ends = _end_ids(model, tokenizer)
+        answers = generate_batch(model, ids, config.answer_tokens, eos_ids=ends)
+        return [tokenizer.decode(tokens) for tokens in answers]
+
+    answers = answer_chats(chats[: config.answers], answer, config.eval_batch)
+    model.train()
+    return answers
+
+
+def _end_ids(model: Decoder, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer, by the model's and by the tokenizer's account."""
+    ends = set(model.config.eos_token_ids)
+    return sorted(ends if tokenizer.eos_id is None else ends | {tokenizer.eos_id})
+
+
+def _describe(
+    config: TrainConfig,
+    model: Decoder,
+    chats: int,
+    questions: int,
+    output_dir: Path,
+    console: Console,
+) -> None:
+    adapters: Any = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+    trained = sum(leaf.size for leaf in adapters)
+    geometry = model.config
+    console.print(
+        f"model   {config.model_path}\n"
+        f"        {geometry.num_hidden_layers} layers, {geometry.num_experts} experts, "
+        f"{geometry.num_experts_per_tok} per token; LoRA of rank {config.lora_rank} on "
+        f"the experts: {trained:,} trained parameters\n"
+        f"data    {config.train_path} ({chats:,} chats), "
+        f"{questions:,} evaluation chats\n"
+        f"output  {output_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    if not saved:
+        raise TrainingError(f"{run} holds no checkpoint; give a training's output_dir")
+    return saved[-1][1]
+
+
+def _free_directory(parent: Path) -> Path:
+    """The first of parent/1, parent/2, ... that does not exist."""
+    number = 1
+    while (parent / str(number)).exists():
+        number += 1
+    return parent / str(number)

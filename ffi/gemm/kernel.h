@@ -46,6 +46,7 @@ struct Prefetch {
   int64_t chunk_bytes = 0;  // a multiple of 2048
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
+  int lines_per_pair = 1;   // cache lines to fetch per depth pair, 1..4
 };
 
 // Source rows of a packing routine: row i starts at base + index[i] * stride elements,
@@ -56,6 +57,46 @@ struct Rows {
   ptrdiff_t stride;
   const int32_t* index = nullptr;
   const T* row(int i) const { return base + (index ? index[i] : i) * stride; }
+};
+
+// Element-wise steps between a product and memory, on a tile c (row stride kPanel).
+struct Epilogues {
+  // c's strips alternate gate, up. For every pair of strips p:
+  //   h[r][16 p + i] = bf16(silu(gate) * up)
+  // and gate and up themselves go to row index[r] (r when index is null) of two arrays,
+  // when these are not null.
+  void (*swiglu)(const float* c, int rows, int strips, bf16* h, ptrdiff_t h_stride,
+                 const int32_t* index, bf16* gate, bf16* up, ptrdiff_t stride);
+
+  // c is the gradient of h before the routing weight. For row r:
+  //   dots[r * dots_stride] = <c[r], h[r]>, then with dh = weights[r] * c[r]
+  //   d_gate = dh * up * silu'(gate), d_up = dh * silu(gate), h = silu(gate) * up.
+  // gate and up are read from row index[r] (r when index is null). h may be null.
+  void (*swiglu_grad)(const float* c, int rows, int strips, const float* weights,
+                      const int32_t* index, const bf16* gate, const bf16* up,
+                      ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h, ptrdiff_t out_stride, float* dots,
+                      ptrdiff_t dots_stride);
+
+  // out[tokens[r] * stride + n] += weights[r] * c[r][n]; weights may be null (ones).
+  // Tokens of one call may repeat: rows are added in order.
+  void (*scatter_add)(const float* c, int rows, int strips, const int32_t* tokens,
+                      const float* weights, float* out, ptrdiff_t stride);
+
+  // Splits v = scale * c[r][n] in two: high[r * stride + n] = bf16(v) and
+  // low[r * stride + n] = bf16(v - high), for n < columns; zero up to `padded`.
+  void (*store_split)(const float* c, int rows, int columns, int padded, float scale,
+                      bf16* high, bf16* low, ptrdiff_t stride);
+
+  // Gradient tiles: dst[r * stride + n] = c[r][n], in either dtype, n < columns.
+  void (*store_rows_f32)(const float* c, int rows, int columns, float* dst,
+                         ptrdiff_t stride);
+  void (*store_rows_bf16)(const float* c, int rows, int columns, bf16* dst,
+                          ptrdiff_t stride);
+  // ... and transposed: dst[n * stride + r] = c[r][n].
+  void (*store_columns_f32)(const float* c, int rows, int columns, float* dst,
+                            ptrdiff_t stride);
+  void (*store_columns_bf16)(const float* c, int rows, int columns, bf16* dst,
+                             ptrdiff_t stride);
 };
 
 // All that one instruction set provides. Instances are constants, one per file.
@@ -79,20 +120,22 @@ struct Kernels {
   void (*transpose)(const bf16* src, ptrdiff_t src_stride, int blocks, bf16* dst,
                     ptrdiff_t dst_stride);
 
-  // Packs a panel from source rows that are OUTPUTS (the contraction is contiguous):
-  // dst[d / 2][n][d % 2] = bf16(src.row(n)[d]) for n < outputs, d < depth. Zero for the
-  // outputs up to 16 * strips and the depths up to RoundUp(depth, kDepth).
-  void (*pack_outputs_f32)(Rows<float> src, int outputs, int depth, bf16* dst,
-                           int strips);
-  void (*pack_outputs_bf16)(Rows<bf16> src, int outputs, int depth, bf16* dst,
-                            int strips);
+  // Packs strips of a panel from source rows that are OUTPUTS (the contraction is
+  // contiguous): dst[(d / 2) * dst_stride + 2 n + d % 2] = bf16(src.row(n)[d]) for
+  // n < outputs, d < depth; zero for the outputs up to 16 * strips and the depths up to
+  // RoundUp(depth, kDepth). `dst_stride` is 32 elements times the panel's strips, so that
+  // several sources can fill one panel side by side.
+  void (*pack_outputs_f32)(Rows<float> src, int outputs, int depth, int strips,
+                           bf16* dst, ptrdiff_t dst_stride);
+  void (*pack_outputs_bf16)(Rows<bf16> src, int outputs, int depth, int strips,
+                            bf16* dst, ptrdiff_t dst_stride);
 
-  // Packs a panel from source rows that are DEPTHS (the outputs are contiguous):
-  // dst[d / 2][n][d % 2] = bf16(src.row(d)[n]), zero-padded in the same way.
-  void (*pack_depths_f32)(Rows<float> src, int depth, int outputs, bf16* dst,
-                          int strips);
-  void (*pack_depths_bf16)(Rows<bf16> src, int depth, int outputs, bf16* dst,
-                           int strips);
+  // The same from source rows that are DEPTHS (the outputs are contiguous):
+  // dst[(d / 2) * dst_stride + 2 n + d % 2] = bf16(src.row(d)[n]).
+  void (*pack_depths_f32)(Rows<float> src, int depth, int outputs, int strips,
+                          bf16* dst, ptrdiff_t dst_stride);
+  void (*pack_depths_bf16)(Rows<bf16> src, int depth, int outputs, int strips,
+                           bf16* dst, ptrdiff_t dst_stride);
 
   // dst[i] = bf16(src[i]), round to nearest even.
   void (*to_bf16)(const float* src, bf16* dst, int64_t count);
@@ -102,8 +145,7 @@ struct Kernels {
   void (*enter)();
   void (*leave)();
 
-  // Element-wise steps on c; see moe/epilogue.h.
-  const struct Epilogues* epilogues;
+  const Epilogues* epilogues;
 };
 
 }  // namespace ktjax

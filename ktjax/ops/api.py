@@ -1,21 +1,153 @@
-"""moe (development shim over the reference, replaced by the native kernels)."""
+"""`ktjax.moe`: checks, reshapes, dispatch."""
+
+from __future__ import annotations
+
 import functools
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ktjax.ops import reference
-from ktjax.store import _arrays
+from ktjax.lora import LoRA
+from ktjax.ops import vjp
+from ktjax.ops.native import Spec
+from ktjax.store import ExpertStore
+
+Array = Any
+
+MAX_RANK = 256
+ACTIVATION_POLICIES = ("save", "recompute")
 
 
-def moe(x, ids, w, store, lora=None, *, scaling=1.0, activation_policy="save"):
-    """Shim: pulls the weights by handle through a callback."""
-    e, i, h = store.geometry
-    shapes = [(e, i, h), (e, i, h), (e, h, i)]
-    out = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
-    base = jax.pure_callback(
-        lambda hd: tuple(np.asarray(a) for a in _arrays[int(hd[1])]), tuple(out),
-        jax.lax.stop_gradient(store.handle), vmap_method="sequential")
-    base = jax.lax.stop_gradient(base)
-    return reference.moe(x, ids, w, *base, lora, scaling=scaling)
+def moe(
+    x: Array,
+    ids: Array,
+    w: Array,
+    store: ExpertStore | Array,
+    lora: LoRA | None = None,
+    *,
+    scaling: float = 1.0,
+    activation_policy: Literal["save", "recompute"] = "save",
+) -> Array:
+    """A mixture of experts with SwiGLU and LoRA, computed on the CPU.
+
+    For token t and slot j with expert e = ids[t, j]:
+
+        g = x Wgᵀ + s (x Agᵀ) Bgᵀ    u = x Wuᵀ + s (x Auᵀ) Buᵀ    h = silu(g) u
+        d = h Wdᵀ + s (h Adᵀ) Bdᵀ    y[t] = Σ_j w[t, j] d[t, j]
+
+    Pure and differentiable in `x`, `w` and `lora`; the base weights are frozen. Products
+    take bfloat16 operands and add in float32, gradients included; the result is rounded
+    once. Same inputs give the same bits, for any number of threads.
+
+    Under `jax.vmap` over x, ids and w the batch is folded into the tokens, but for the
+    gradients of LoRA, which are computed one element at a time.
+
+    Args:
+      x: `[..., hidden]`, float32 or bfloat16.
+      ids: `[..., k]` int32, experts in [0, experts); -1 skips the slot: it adds nothing
+        and its gradients are exactly 0.
+      w: `[..., k]` float32 routing weights.
+      store: the base weights, or the handle of a store (`uint32[2]`). With a bare handle
+        and no LoRA the widths of the experts are unknown here, so nothing is kept for
+        the backward, whatever the policy.
+      lora: adapters, float32 or bfloat16, or None. Gradients have their dtype.
+      scaling: s = lora_alpha / lora_rank, static.
+      activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for the
+        backward, in bfloat16; "recompute" keeps nothing and computes them again.
+
+    Returns:
+      `[..., hidden]` in the dtype of x.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown policy.
+      TypeError: wrong dtypes.
+      jax.errors.JaxRuntimeError or ValueError: raised when the call runs, for an id out
+        of range and for a closed store.
+    """
+    if activation_policy not in ACTIVATION_POLICIES:
+        raise ValueError(
+            f"moe: activation_policy: expected one of {list(ACTIVATION_POLICIES)}, got "
+            f"{activation_policy!r}"
+        )
+    x, ids, w = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(w)
+    handle, intermediate = _check(x, ids, w, store, lora)
+    keep = activation_policy == "save" and intermediate is not None
+    spec = Spec(intermediate, float(scaling), keep)
+    return _moe(spec, x, ids, w, handle, lora)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moe(spec, x, ids, w, handle, lora):
+    tokens = math.prod(x.shape[:-1])
+    k = ids.shape[-1]
+    y = vjp.moe(
+        spec,
+        x.reshape(tokens, x.shape[-1]),
+        ids.reshape(tokens, k),
+        w.reshape(tokens, k),
+        handle,
+        lora,
+    )
+    return y.reshape(x.shape)
+
+
+def _check(x, ids, w, store, lora):
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"moe: x: expected float32 or bfloat16, got {x.dtype}")
+    if ids.dtype != jnp.int32:
+        raise TypeError(f"moe: ids: expected int32, got {ids.dtype}")
+    if w.dtype != jnp.float32:
+        raise TypeError(f"moe: w: expected float32, got {w.dtype}")
+    if x.ndim < 1 or ids.ndim != x.ndim or ids.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"moe: ids: expected {(*x.shape[:-1], 'k')} to match x {x.shape}, got "
+            f"{ids.shape}"
+        )
+    if w.shape != ids.shape:
+        raise ValueError(f"moe: w: expected {ids.shape} like ids, got {w.shape}")
+
+    if isinstance(store, ExpertStore):
+        handle, geometry = store.handle, store.geometry
+        if x.shape[-1] != geometry.hidden_size:
+            raise ValueError(
+                f"moe: x: expected a last dimension of {geometry.hidden_size}, the hidden "
+                f"size of the store, got {x.shape}"
+            )
+        experts, intermediate = geometry.num_experts, geometry.intermediate_size
+    else:
+        handle = jnp.asarray(store)
+        if lora is not None and jnp.ndim(lora.gate_b) == 3:
+            experts, intermediate = lora.gate_b.shape[:2]
+        else:
+            experts = intermediate = None
+    if handle.shape != (2,) or handle.dtype != jnp.uint32:
+        raise ValueError(
+            "moe: store: expected an ExpertStore or its handle, uint32[2], got "
+            f"{handle.dtype}{list(handle.shape)}"
+        )
+    if lora is not None:
+        _check_lora(lora, experts, x.shape[-1], intermediate)
+    return handle, intermediate
+
+
+def _check_lora(lora, experts, hidden, intermediate):
+    if jnp.ndim(lora.gate_a) != 3:
+        raise ValueError(
+            "moe: lora.gate_a: expected [experts, rank, hidden], got shape "
+            f"{jnp.shape(lora.gate_a)}"
+        )
+    rank = lora.gate_a.shape[1]
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"moe: lora: expected a rank of 1 to {MAX_RANK}, got {rank}")
+    for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
+        array = getattr(lora, name)
+        if jnp.shape(array) != shape:
+            raise ValueError(
+                f"moe: lora.{name}: expected {shape}, got {jnp.shape(array)}"
+            )
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise TypeError(
+                f"moe: lora.{name}: expected float32 or bfloat16, got {array.dtype}"
+            )

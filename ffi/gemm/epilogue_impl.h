@@ -1,0 +1,201 @@
+// The element-wise steps between a product and memory, written once with the compiler's
+// vector extension: 16 float32 are one AVX-512 register, two AVX ones, four SSE ones.
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
+#define KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
+
+#include <cstring>
+
+#include "base/types.h"
+#include "gemm/kernel.h"
+
+namespace ktjax {
+namespace {
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+
+// Vectors are passed by reference: by value, their ABI would depend on the ISA flags.
+inline void Load(const float* src, F32x16& value) { std::memcpy(&value, src, 64); }
+inline void Store(const F32x16& value, float* dst) { std::memcpy(dst, &value, 64); }
+
+inline void Load(const bf16* src, F32x16& value) {
+  U16x16 bits;
+  std::memcpy(&bits, src, 32);
+  const U32x16 wide = __builtin_convertvector(bits, U32x16) << 16;
+  std::memcpy(&value, &wide, 64);
+}
+
+// Round to nearest even; NaN stays NaN (quiet) instead of rounding up to infinity.
+inline void Store(const F32x16& value, bf16* dst) {
+  U32x16 bits;
+  std::memcpy(&bits, &value, 64);
+  const U32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32x16 quiet = (bits >> 16) | 0x40;
+  const U32x16 result = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+  const U16x16 narrow = __builtin_convertvector(result, U16x16);
+  std::memcpy(dst, &narrow, 32);
+}
+
+template <typename T>
+void StoreSome(const F32x16& value, int count, T* dst) {
+  if (count >= kStrip) return Store(value, dst);
+  T lanes[kStrip];
+  Store(value, lanes);
+  std::memcpy(dst, lanes, sizeof(T) * count);
+}
+
+// value = e^value, to about 2 ulp in [-87, 88] and clamped outside. Cody-Waite reduction
+// by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <= ln(2) / 2.
+inline void Exp(F32x16& value) {
+  const F32x16 zero = {};
+  const F32x16 top = zero + 88.3762626647949f, bottom = zero - 87.3365447504019f;
+  F32x16 x = value > top ? top : value;
+  x = x < bottom ? bottom : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const F32x16 shifted = x * 1.44269504088896341f + magic;
+  const F32x16 n = shifted - magic;
+  const F32x16 r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  F32x16 p = zero + 1.9841269841e-4f;
+  p = p * r + 1.3888888889e-3f;
+  p = p * r + 8.3333333333e-3f;
+  p = p * r + 4.1666666667e-2f;
+  p = p * r + 1.6666666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n: the low bits of `shifted` hold the integer n.
+  I32x16 bits;
+  std::memcpy(&bits, &shifted, 64);
+  bits = (bits - 0x4b400000 + 127) << 23;
+  F32x16 scale;
+  std::memcpy(&scale, &bits, 64);
+  value = p * scale;
+}
+
+inline void Sigmoid(const F32x16& x, F32x16& sigma) {
+  F32x16 e = -x;
+  Exp(e);
+  sigma = 1.0f / (1.0f + e);
+}
+
+inline void SwiGlu(const float* c, int rows, int strips, bf16* h, ptrdiff_t h_stride,
+                   const int32_t* index, bf16* gate, bf16* up, ptrdiff_t stride) {
+  for (int r = 0; r < rows; ++r) {
+    const ptrdiff_t kept = (index ? index[r] : r) * stride;
+    for (int p = 0; p < strips / 2; ++p) {
+      F32x16 g, u, sigma;
+      Load(c + r * kPanel + 2 * kStrip * p, g);
+      Load(c + r * kPanel + 2 * kStrip * p + kStrip, u);
+      Sigmoid(g, sigma);
+      Store(g * sigma * u, h + r * h_stride + kStrip * p);
+      if (gate) {
+        Store(g, gate + kept + kStrip * p);
+        Store(u, up + kept + kStrip * p);
+      }
+    }
+  }
+}
+
+inline void SwiGluGrad(const float* c, int rows, int strips, const float* weights,
+                       const int32_t* index, const bf16* gate, const bf16* up,
+                       ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h, ptrdiff_t out_stride,
+                       float* dots, ptrdiff_t dots_stride) {
+  for (int r = 0; r < rows; ++r) {
+    F32x16 dot = {};
+    const ptrdiff_t kept = (index ? index[r] : r) * stride;
+    for (int s = 0; s < strips; ++s) {
+      const ptrdiff_t in = kept + kStrip * s, out = r * out_stride + kStrip * s;
+      F32x16 dh, g, u, sigma;
+      Load(c + r * kPanel + kStrip * s, dh);
+      Load(gate + in, g);
+      Load(up + in, u);
+      Sigmoid(g, sigma);
+      const F32x16 silu = g * sigma;
+      const F32x16 value = silu * u;
+      dot += dh * value;
+      dh *= weights[r];
+      Store(dh * u * (sigma * (1.0f + g * (1.0f - sigma))), d_gate + out);
+      Store(dh * silu, d_up + out);
+      if (h) Store(value, h + out);
+    }
+    float sum = 0;
+    for (int i = 0; i < kStrip; ++i) sum += dot[i];
+    dots[r * dots_stride] = sum;
+  }
+}
+
+inline void ScatterAdd(const float* c, int rows, int strips, const int32_t* tokens,
+                       const float* weights, float* out, ptrdiff_t stride) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = out + tokens[r] * stride;
+    const float weight = weights ? weights[r] : 1.0f;
+    for (int s = 0; s < strips; ++s) {
+      F32x16 value, sum;
+      Load(c + r * kPanel + kStrip * s, value);
+      Load(row + kStrip * s, sum);
+      Store(sum + weight * value, row + kStrip * s);
+    }
+  }
+}
+
+template <typename T>
+void StoreRows(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < columns; n += kStrip) {
+      F32x16 value;
+      Load(c + r * kPanel + n, value);
+      StoreSome(value, columns - n, dst + r * stride + n);
+    }
+  }
+}
+
+template <typename T>
+void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
+  for (int n = 0; n < columns; ++n) {
+    for (int r = 0; r < rows; r += kStrip) {
+      F32x16 value = {};
+      const int count = rows - r < kStrip ? rows - r : kStrip;
+      for (int i = 0; i < count; ++i) value[i] = c[(r + i) * kPanel + n];
+      StoreSome(value, count, dst + n * stride + r);
+    }
+  }
+}
+
+inline void StoreSplit(const float* c, int rows, int columns, int padded, float scale,
+                       bf16* high, bf16* low, ptrdiff_t stride) {
+  for (int r = 0; r < rows; ++r, high += stride, low += stride) {
+    for (int n = 0; n < columns; n += kStrip) {
+      F32x16 value, rounded;
+      bf16 lanes[kStrip];
+      Load(c + r * kPanel + n, value);
+      value *= scale;
+      Store(value, lanes);
+      Load(lanes, rounded);
+      StoreSome(value, columns - n, high + n);
+      StoreSome(value - rounded, columns - n, low + n);
+    }
+    if (padded > columns) {
+      std::memset(high + columns, 0, sizeof(bf16) * (padded - columns));
+      std::memset(low + columns, 0, sizeof(bf16) * (padded - columns));
+    }
+  }
+}
+
+constexpr Epilogues kEpilogues = {
+    .swiglu = SwiGlu,
+    .swiglu_grad = SwiGluGrad,
+    .scatter_add = ScatterAdd,
+    .store_split = StoreSplit,
+    .store_rows_f32 = StoreRows<float>,
+    .store_rows_bf16 = StoreRows<bf16>,
+    .store_columns_f32 = StoreColumns<float>,
+    .store_columns_bf16 = StoreColumns<bf16>,
+};
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_

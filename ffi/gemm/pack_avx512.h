@@ -1,0 +1,194 @@
+// Packing with AVX-512 registers: 16 x 16 blocks of 32-bit lanes.
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_PACK_AVX512_H_
+#define KTJAX_FFI_GEMM_PACK_AVX512_H_
+
+#include <immintrin.h>
+
+#include "base/types.h"
+#include "gemm/kernel.h"
+
+namespace ktjax {
+namespace {
+
+// The bfloat16 bits (round to nearest even, quiet NaN) of 16 float32, in 32-bit lanes.
+inline __m512i RoundToBf16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd =
+      _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16),
+                              _mm512_set1_epi32(0x40));
+}
+
+inline __mmask16 Lanes16(int count) {
+  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+}
+inline __mmask32 Lanes32(int count) {
+  return count >= 32 ? 0xffffffffu : (1u << (count < 0 ? 0 : count)) - 1;
+}
+
+// 32 consecutive values of a row as bfloat16, the first `count` of them, else zero.
+inline __m512i LoadRow32(const bf16* src, int count) {
+  return _mm512_maskz_loadu_epi16(Lanes32(count), src);
+}
+inline __m512i LoadRow32(const float* src, int count) {
+  const __m512i low =
+      RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
+  const __m512i high =
+      RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
+                            _mm512_cvtepi32_epi16(high), 1);
+}
+
+// 16 consecutive values of a row as bfloat16 bits in 32-bit lanes.
+inline __m512i LoadLanes16(const bf16* src, int count) {
+  return _mm512_cvtepu16_epi32(
+      _mm256_maskz_loadu_epi16(Lanes16(count), src));
+}
+inline __m512i LoadLanes16(const float* src, int count) {
+  return RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
+}
+
+// r[i] lane j  <->  r[j] lane i, for 32-bit lanes.
+inline void Transpose16x16(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // r[4 i + c] now holds column 4 l + c of rows 4 i .. 4 i + 3 in its 128-bit lane l.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+  }
+}
+
+template <typename T>
+void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
+                       ptrdiff_t dst_stride) {
+  for (int strip = 0; strip < strips; ++strip) {
+    const int first = strip * kStrip;
+    for (int d = 0; d < depth; d += kDepth) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        r[i] = first + i < outputs ? LoadRow32(src.row(first + i) + d, depth - d)
+                                   : _mm512_setzero_si512();
+      }
+      Transpose16x16(r);
+      bf16* out = dst + d / 2 * dst_stride + 2 * first;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * dst_stride, r[i]);
+    }
+  }
+}
+
+template <typename T>
+void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst,
+                      ptrdiff_t dst_stride) {
+  const int padded = static_cast<int>(RoundUp(depth, kDepth));
+  for (int d = 0; d < padded; d += 2) {
+    const T* even = d < depth ? src.row(d) : nullptr;
+    const T* odd = d + 1 < depth ? src.row(d + 1) : nullptr;
+    bf16* out = dst + d / 2 * dst_stride;
+    for (int n = 0; n < strips * kStrip; n += kStrip) {
+      __m512i pair = _mm512_setzero_si512();
+      if (even && n < outputs) pair = LoadLanes16(even + n, outputs - n);
+      if (odd && n < outputs) {
+        const __m512i high = LoadLanes16(odd + n, outputs - n);
+        pair = _mm512_or_si512(pair, _mm512_slli_epi32(high, 16));
+      }
+      _mm512_storeu_si512(out + 2 * n, pair);
+    }
+  }
+}
+
+// Three exchanges of a register bit with a lane bit move three output bits out and three
+// depth bits in: 48 shuffles for 512 values. With input register = depth pair p (bits
+// p3..p0), 32-bit lane = output n (bits n3..n0) and half = depth parity:
+//   unpack         p0 <-> n1     128-bit lane = n3 n2, in it  n0 p0
+//   shuffle lanes  p1 <-> n2     128-bit lane = p1 n3
+//   permute words  p2 <-> n3     and sorts the register to lane = p2 p1 p0 parity, half n0
+inline void Avx512Transpose(const bf16* src, ptrdiff_t src_stride, int blocks,
+                            bf16* dst, ptrdiff_t dst_stride) {
+  // Word w of the result: lane k = w / 2 (k3 = p2, k2 = p1, k1 = p0, k0 = parity), half
+  // n0 = w % 2. It comes from operand p2, 128-bit lane 2 p1 + n3, 32-bit lane
+  // 2 n0 + p0, half parity.
+  alignas(64) static constexpr auto kIndex = [] {
+    struct { uint16_t word[2][32]; } index{};
+    for (int n3 = 0; n3 < 2; ++n3) {
+      for (int w = 0; w < 32; ++w) {
+        const int k = w / 2, n0 = w % 2;
+        const int p2 = k >> 3 & 1, p1 = k >> 2 & 1, p0 = k >> 1 & 1, parity = k & 1;
+        index.word[n3][w] = static_cast<uint16_t>(32 * p2 + 8 * (2 * p1 + n3) +
+                                                  2 * (2 * n0 + p0) + parity);
+      }
+    }
+    return index;
+  }();
+  const __m512i low = _mm512_loadu_si512(kIndex.word[0]);
+  const __m512i high = _mm512_loadu_si512(kIndex.word[1]);
+  for (int block = 0; block < blocks; ++block) {
+#pragma GCC unroll 2
+    for (int p3 = 0; p3 < 2; ++p3) {
+      const bf16* in = src + (block * 16 + p3 * 8) * src_stride;
+      __m512i a[8], b[8];  // a: index (p2 p1 n1), b: index (p2 n2 n1)
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        const __m512i even = _mm512_loadu_si512(in + 2 * p * src_stride);
+        const __m512i odd = _mm512_loadu_si512(in + (2 * p + 1) * src_stride);
+        a[2 * p] = _mm512_unpacklo_epi32(even, odd);
+        a[2 * p + 1] = _mm512_unpackhi_epi32(even, odd);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int p2 = i >> 1, n1 = i & 1;
+        const __m512i x = a[4 * p2 + n1], y = a[4 * p2 + 2 + n1];
+        b[4 * p2 + n1] = _mm512_shuffle_i32x4(x, y, 0x88);
+        b[4 * p2 + 2 + n1] = _mm512_shuffle_i32x4(x, y, 0xdd);
+      }
+      bf16* out = dst + 64 * block + 32 * p3;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // i = n2 n1
+        _mm512_storeu_si512(out + i * dst_stride,
+                            _mm512_permutex2var_epi16(b[i], low, b[4 + i]));
+        _mm512_storeu_si512(out + (4 + i) * dst_stride,
+                            _mm512_permutex2var_epi16(b[i], high, b[4 + i]));
+      }
+    }
+  }
+}
+
+inline void Avx512ToBf16(const float* src, bf16* dst, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const int left = count - i < 16 ? static_cast<int>(count - i) : 16;
+    const __m512i bits = RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(left), src + i));
+    _mm256_mask_storeu_epi16(dst + i, Lanes16(left), _mm512_cvtepi32_epi16(bits));
+  }
+}
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_PACK_AVX512_H_

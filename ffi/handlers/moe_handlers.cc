@@ -1,0 +1,300 @@
+// XLA FFI handlers: decode, check, call, return. No mathematics here.
+#include "handlers/moe_handlers.h"
+
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "moe/layer.h"
+#include "moe/registry.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ktjax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Dims = std::span<const int64_t>;
+
+std::string ToString(Dims dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(dims[i]);
+  }
+  return text + "]";
+}
+
+const char* Name(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return "float32";
+    case ffi::BF16: return "bfloat16";
+    case ffi::S32: return "int32";
+    case ffi::U32: return "uint32";
+    default: return "another dtype";
+  }
+}
+
+// Checks an operand against what it must be. Throws std::invalid_argument.
+class Checker {
+ public:
+  explicit Checker(const char* operation) : operation_(operation) {}
+
+  void Shape(const char* operand, const ffi::AnyBuffer& buffer,
+             std::vector<int64_t> expected) const {
+    const auto dims = buffer.dimensions();
+    const Dims got(dims.begin(), dims.size());
+    if (!std::equal(got.begin(), got.end(), expected.begin(), expected.end())) {
+      Fail(operand, "shape " + ToString(expected), ToString(got));
+    }
+  }
+  void Type(const char* operand, const ffi::AnyBuffer& buffer,
+            ffi::DataType expected) const {
+    if (buffer.element_type() != expected) {
+      Fail(operand, Name(expected), Name(buffer.element_type()));
+    }
+  }
+  // float32 or bfloat16; returns whether it is float32.
+  bool Floating(const char* operand, const ffi::AnyBuffer& buffer) const {
+    const ffi::DataType type = buffer.element_type();
+    if (type != ffi::F32 && type != ffi::BF16) {
+      Fail(operand, "float32 or bfloat16", Name(type));
+    }
+    return type == ffi::F32;
+  }
+  [[noreturn]] void Fail(const char* operand, const std::string& expected,
+                         const std::string& got) const {
+    throw std::invalid_argument(std::string(operation_) + ": " + operand + ": expected " +
+                                expected + ", got " + got);
+  }
+  const char* operation() const { return operation_; }
+
+ private:
+  const char* operation_;
+};
+
+constexpr const char* kLoRANames[] = {"lora.gate_a", "lora.gate_b", "lora.up_a",
+                                      "lora.up_b",   "lora.down_a", "lora.down_b"};
+
+std::vector<int64_t> LoRAShape(const Geometry& g, int which, int64_t rank) {
+  const int64_t experts = g.experts, hidden = g.hidden, middle = g.intermediate;
+  switch (which) {
+    case kGateA:
+    case kUpA: return {experts, rank, hidden};
+    case kGateB:
+    case kUpB: return {experts, middle, rank};
+    case kDownA: return {experts, rank, middle};
+    default: return {experts, hidden, rank};
+  }
+}
+
+// The operands that both passes share, checked, with the store kept alive.
+struct Call {
+  std::shared_ptr<ExpertStore> store;
+  LayerInputs inputs;
+  int64_t slots() const { return inputs.tokens * inputs.k; }
+};
+
+Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x, const ffi::AnyBuffer& ids,
+                const ffi::AnyBuffer& weights, const ffi::AnyBuffer& handle,
+                const ffi::RemainingArgs& rest, bool has_lora, float scaling) {
+  check.Type("handle", handle, ffi::U32);
+  check.Shape("handle", handle, {2});
+  const auto* words = static_cast<const uint32_t*>(handle.untyped_data());
+
+  Call call;
+  call.store = StoreRegistry::Get().Find({words[0], words[1]});
+  const Geometry& geometry = call.store->geometry();
+  LayerInputs& inputs = call.inputs;
+
+  inputs.x = {x.untyped_data(), check.Floating("x", x)};
+  if (x.dimensions().size() != 2) check.Fail("x", "rank 2", ToString({x.dimensions().begin(), x.dimensions().size()}));
+  inputs.tokens = x.dimensions()[0];
+  check.Shape("x", x, {inputs.tokens, geometry.hidden});
+  check.Type("ids", ids, ffi::S32);
+  if (ids.dimensions().size() != 2) check.Fail("ids", "rank 2", ToString({ids.dimensions().begin(), ids.dimensions().size()}));
+  inputs.k = static_cast<int>(ids.dimensions()[1]);
+  check.Shape("ids", ids, {inputs.tokens, inputs.k});
+  check.Type("w", weights, ffi::F32);
+  check.Shape("w", weights, {inputs.tokens, inputs.k});
+  inputs.ids = static_cast<const int32_t*>(ids.untyped_data());
+  inputs.weights = static_cast<const float*>(weights.untyped_data());
+
+  if (has_lora) {
+    LoRAOperands& lora = inputs.lora;
+    lora.scaling = scaling;
+    for (int i = 0; i < kLoRAArrays; ++i) {
+      const auto buffer = rest.get<ffi::AnyBuffer>(i);
+      if (!buffer.has_value()) check.Fail(kLoRANames[i], "an array", "nothing");
+      if (i == 0 && buffer->dimensions().size() == 3) {
+        lora.rank = static_cast<int>(buffer->dimensions()[1]);
+      }
+      lora.arrays[i] = {buffer->untyped_data(), check.Floating(kLoRANames[i], *buffer)};
+      check.Shape(kLoRANames[i], *buffer, LoRAShape(geometry, i, lora.rank));
+    }
+    if (lora.rank < 1 || lora.rank > 256) {
+      check.Fail("lora", "a rank of 1 to 256", std::to_string(lora.rank));
+    }
+  }
+  return call;
+}
+
+ffi::AnyBuffer Result(const Checker& check, const ffi::RemainingRets& rets, size_t i,
+                      const char* name) {
+  auto result = rets.get<ffi::AnyBuffer>(i);
+  if (!result.has_value()) check.Fail(name, "a result", "none");
+  return **result;
+}
+
+std::vector<int64_t> MiddleShape(const Call& call) {
+  return {call.slots(), call.store->geometry().intermediate_padded()};
+}
+std::vector<int64_t> LowRankShape(const Call& call) {
+  return {call.slots(), 6 * RoundUp(call.inputs.lora.rank, kDepth)};
+}
+
+// Runs `body` and turns what it throws into an FFI error: none may pass into XLA.
+ffi::Error Guard(const Checker& check, const std::function<void()>& body) {
+  const std::string prefix = std::string(check.operation()) + ": ";
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const DeadHandleError& e) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, prefix + e.what());
+  } catch (const std::out_of_range& e) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, prefix + e.what());
+  } catch (const std::invalid_argument& e) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, e.what());
+  } catch (const std::bad_alloc& e) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, prefix + e.what());
+  } catch (const std::exception& e) {
+    return ffi::Error(ffi::ErrorCode::kInternal, prefix + e.what());
+  }
+}
+
+ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
+                          ffi::AnyBuffer handle, ffi::RemainingArgs rest,
+                          ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets kept,
+                          float scaling, bool has_lora, bool keep) {
+  const Checker check("ktjax.moe");
+  return Guard(check, [&] {
+    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+    check.Type("y", *y, x.element_type());
+    check.Shape("y", *y, {call.inputs.tokens, call.store->geometry().hidden});
+    Residuals residuals;
+    auto residual = [&](size_t i, const char* name, std::vector<int64_t> shape) {
+      const ffi::AnyBuffer buffer = Result(check, kept, i, name);
+      check.Type(name, buffer, ffi::BF16);
+      check.Shape(name, buffer, std::move(shape));
+      AdviseHugePages(buffer.untyped_data(), buffer.size_bytes());
+      return static_cast<bf16*>(buffer.untyped_data());
+    };
+    if (keep) {
+      residuals.gate = residual(0, "kept gate", MiddleShape(call));
+      residuals.up = residual(1, "kept up", MiddleShape(call));
+      if (has_lora) residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
+    }
+    Forward(*call.store, call.inputs,
+            {y->untyped_data(), y->element_type() == ffi::F32}, residuals);
+  });
+}
+
+ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
+                           ffi::AnyBuffer handle, ffi::AnyBuffer grad_y,
+                           ffi::RemainingArgs rest, ffi::RemainingRets rets,
+                           float scaling, bool has_lora, bool kept, bool need_x,
+                           bool need_w, bool need_lora) {
+  const Checker check("ktjax.moe gradient");
+  return Guard(check, [&] {
+    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+    const Geometry& geometry = call.store->geometry();
+    const int64_t tokens = call.inputs.tokens;
+    check.Type("gradient of y", grad_y, x.element_type());
+    check.Shape("gradient of y", grad_y, {tokens, geometry.hidden});
+
+    Residuals residuals;
+    auto residual = [&](size_t i, const char* name, std::vector<int64_t> shape) {
+      const auto buffer = rest.get<ffi::AnyBuffer>((has_lora ? kLoRAArrays : 0) + i);
+      if (!buffer.has_value()) check.Fail(name, "an array", "nothing");
+      check.Type(name, *buffer, ffi::BF16);
+      check.Shape(name, *buffer, std::move(shape));
+      return static_cast<bf16*>(buffer->untyped_data());
+    };
+    if (kept) {
+      residuals.gate = residual(0, "kept gate", MiddleShape(call));
+      residuals.up = residual(1, "kept up", MiddleShape(call));
+      if (has_lora) residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
+    }
+
+    Gradients gradients;
+    size_t next = 0;
+    if (need_x) {
+      const ffi::AnyBuffer buffer = Result(check, rets, next++, "gradient of x");
+      check.Type("gradient of x", buffer, x.element_type());
+      check.Shape("gradient of x", buffer, {tokens, geometry.hidden});
+      gradients.x = {buffer.untyped_data(), buffer.element_type() == ffi::F32};
+    }
+    if (need_w) {
+      const ffi::AnyBuffer buffer = Result(check, rets, next++, "gradient of w");
+      check.Type("gradient of w", buffer, ffi::F32);
+      check.Shape("gradient of w", buffer, {tokens, call.inputs.k});
+      gradients.weights = static_cast<float*>(buffer.untyped_data());
+    }
+    if (need_lora) {
+      if (!has_lora) check.Fail("lora", "adapters to differentiate", "none");
+      for (int i = 0; i < kLoRAArrays; ++i) {
+        const ffi::AnyBuffer buffer = Result(check, rets, next++, kLoRANames[i]);
+        check.Shape(kLoRANames[i], buffer,
+                    LoRAShape(geometry, i, call.inputs.lora.rank));
+        AdviseHugePages(buffer.untyped_data(), buffer.size_bytes());
+        gradients.lora[i] = {buffer.untyped_data(),
+                             check.Floating(kLoRANames[i], buffer)};
+      }
+    }
+    Backward(*call.store, call.inputs,
+             {grad_y.untyped_data(), grad_y.element_type() == ffi::F32}, residuals,
+             gradients);
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler,
+                       ffi::Ffi::Bind()
+                           .Arg<ffi::AnyBuffer>()  // x [tokens, hidden]
+                           .Arg<ffi::AnyBuffer>()  // ids [tokens, k]
+                           .Arg<ffi::AnyBuffer>()  // w [tokens, k]
+                           .Arg<ffi::AnyBuffer>()  // handle [2]
+                           .RemainingArgs()        // six LoRA arrays
+                           .Ret<ffi::AnyBuffer>()  // y
+                           .RemainingRets()        // kept gate, up, low rank
+                           .Attr<float>("scaling")
+                           .Attr<bool>("has_lora")
+                           .Attr<bool>("keep"));
+
+XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler,
+                       ffi::Ffi::Bind()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // ids
+                           .Arg<ffi::AnyBuffer>()  // w
+                           .Arg<ffi::AnyBuffer>()  // handle
+                           .Arg<ffi::AnyBuffer>()  // gradient of y
+                           .RemainingArgs()        // six LoRA arrays; kept values
+                           .RemainingRets()        // the gradients asked for
+                           .Attr<float>("scaling")
+                           .Attr<bool>("has_lora")
+                           .Attr<bool>("kept")
+                           .Attr<bool>("need_x")
+                           .Attr<bool>("need_w")
+                           .Attr<bool>("need_lora"));
+
+}  // namespace
+
+std::vector<Target> MoeTargets() {
+  return {{"ktjax_moe_forward", reinterpret_cast<void*>(kForward)},
+          {"ktjax_moe_backward", reinterpret_cast<void*>(kBackward)}};
+}
+
+}  // namespace ktjax

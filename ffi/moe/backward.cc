@@ -1,0 +1,508 @@
+// The gradients, from the very panels that the forward used.
+//
+// With c = gy Wd + s (gy Bd) Ad, the gradient of h before the routing weight:
+//
+//     grad_w = <c, h>       (equal to <gy, d>, without d)
+//     dh = w c,  dg = dh u silu'(g),  du = dh silu(g)
+//     grad_x = dg Wg + du Wu + s (dg Bg) Ag + s (du Bu) Au
+//
+// gy enters the product unweighted: as bfloat16 it is exact there, w gy would not be.
+#include <algorithm>
+#include <cstring>
+
+#include "base/bf16.h"
+#include "moe/layer.h"
+#include "moe/pass.h"
+
+namespace ktjax {
+namespace {
+
+// One LoRA gradient as a product over the rows of an expert:
+// grad[i][n] = Σ_r weight[r] low_rank[r][i] source[r][n], stored as is (A) or transposed (B).
+struct GradFactor {
+  const bf16* low_rank;  // of the expert's first row
+  bool weighted;
+  bool transposed;
+  MutableArray grad;     // the expert's matrix
+  int64_t stride;        // its row length
+};
+
+class BackwardPass : Pass {
+ public:
+  BackwardPass(const ExpertStore& store, const LayerInputs& inputs, ConstArray grad_y,
+               const Residuals& residuals, const Gradients& gradients)
+      : Pass(store, inputs, kPhases),
+        grad_y_(grad_y),
+        residuals_(residuals),
+        gradients_(gradients),
+        recompute_(residuals.gate == nullptr),
+        lora_grads_(static_cast<bool>(gradients.lora[kGateA])) {
+    Workspace& workspace = backend_.workspace;
+    const int threads = backend_.pool.config().max_threads_per_subpool;
+    const size_t rows = max_group_rows_;
+    for (int s = 0; s < shard_count(); ++s) {
+      d_gate_.push_back(
+          workspace.Get<bf16>(Workspace::kGateGrad, s, rows * HiddenStride(s)));
+      d_up_.push_back(workspace.Get<bf16>(Workspace::kUpGrad, s, rows * HiddenStride(s)));
+      if (gradients.x) sums_.push_back(Sum(gradients.x, s));
+      first_block_.push_back(blocks_);
+      blocks_ += Blocks(s);
+      for (const Group& group : groups_) {
+        hidden_grad_tasks_.push_back(MakeBlockTasks(group, Blocks(s), threads));
+      }
+    }
+    dots_ = workspace.Get<float>(Workspace::kDots, 0, rows * blocks_);
+    if (rank()) {
+      low_rank_ = workspace.Get<bf16>(Workspace::kLowRank, 0, rows * low_rank_stride_);
+      low_rank_grad_ =
+          workspace.Get<bf16>(Workspace::kLowRankGrad, 0, rows * low_rank_stride_);
+    }
+    if (recompute_) {
+      const size_t width = geometry_.intermediate_padded();
+      recomputed_.gate = workspace.Get<bf16>(Workspace::kGateValue, 0, rows * width);
+      recomputed_.up = workspace.Get<bf16>(Workspace::kUpValue, 0, rows * width);
+    }
+  }
+
+  void Compute() {
+    if (gradients_.weights) {
+      std::fill_n(gradients_.weights, inputs_.tokens * inputs_.k, 0.0f);
+    }
+    Run([this](Worker& worker, const Scratch& scratch) {
+      Stopwatch watch(worker.index() == 0);
+      for (size_t g = 0; g < groups_.size(); ++g) {
+        if (!ComputeGroup(worker, scratch, g, watch)) return;
+      }
+      if (!gradients_.x || shard_count() == 1) return;
+      counters().ForEach(CounterOf(static_cast<int>(groups_.size()) * kPhases, 0),
+                         output_tasks_.size(),
+                         [&](int64_t i) { Finish(gradients_.x, output_tasks_[i]); });
+    });
+  }
+
+ private:
+  enum Phase {
+    kLoadLowRank = kHiddenPhases,
+    kLowRankOfGrad,
+    kHiddenGrad,
+    kLowRankOfHiddenGrad,
+    kSumLowRank,
+    kInputGrad,
+    kLoRAGrad,
+    kWeightGrad,
+    kPhases,
+  };
+
+  // Column blocks of a shard's hidden gradient: 64 of the intermediate dimension.
+  int Blocks(int s) const { return static_cast<int>(CeilDiv(shard(s).width, kPanel)); }
+
+  void LoadLowRank(const Group& group, const RowBlock& block) const {
+    for (int row = block.begin; row < block.begin + block.count; ++row) {
+      std::memcpy(LowRankRow(low_rank_, group, row),
+                  residuals_.low_rank +
+                      static_cast<int64_t>(routing_.slots[row]) * low_rank_stride_,
+                  sizeof(bf16) * low_rank_stride_);
+    }
+  }
+
+  bool ComputeGroup(Worker& worker, const Scratch& scratch, int g, Stopwatch& watch) {
+    const Group& group = groups_[g];
+    const int counter = g * kPhases, s = worker.subpool();
+    const Residuals& kept = recompute_ ? recomputed_ : residuals_;
+    const Activations values{kept.gate, kept.up, !recompute_, low_rank_};
+    if (recompute_) {
+      if (!ComputeHidden(worker, scratch, g, counter, values, watch)) return false;
+    } else if (lora_grads_) {  // used after the barriers below
+      counters().ForEach(CounterOf(counter + kLoadLowRank, 0), group.blocks.size(),
+                         [&](int64_t i) { LoadLowRank(group, group.blocks[i]); });
+    }
+    if (rank()) {
+      const LowRankFactor factor{Matrix(kDownB), 0, 0, 2};
+      counters().ForEach(
+          CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(), [&](int64_t i) {
+            const RowBlock& block = group.blocks[i];
+            GatherRows(grad_y_, block, scratch);
+            LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows,
+                    scratch.stride, geometry_.hidden, {&factor, 1}, low_rank_grad_,
+                    false, scratch);
+          });
+      if (!worker.Barrier()) return false;
+      watch.Lap("gy B");
+    }
+
+    const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
+    counters().ForEach(
+        CounterOf(counter + kHiddenGrad, s), tasks.size(),
+        [&](int64_t i) { HiddenGrad(s, group, tasks[i], values, scratch); });
+    if (!worker.Barrier()) return false;
+    watch.Lap("grad h, SwiGLU");
+
+    if (gradients_.weights) {
+      counters().ForEach(CounterOf(counter + kWeightGrad, 0), group.blocks.size(),
+                         [&](int64_t i) { WeightGrad(group, group.blocks[i]); });
+    }
+    const bool low_rank = rank() && (gradients_.x || lora_grads_);
+    if (low_rank) {
+      if (!LowRankOfHiddenGrad(worker, scratch, group, counter)) return false;
+      if (!worker.Barrier()) return false;
+      watch.Lap("gh B");
+    }
+    if (gradients_.x) {
+      const bool last = static_cast<size_t>(g) + 1 == groups_.size();
+      counters().ForEach(
+          CounterOf(counter + kInputGrad, s), output_tasks_.size(), [&](int64_t i) {
+            if (g == 0) ClearSum(sums_[s], output_tasks_[i]);
+            InputGrad(s, group, output_tasks_[i], scratch);
+            if (last && shard_count() == 1) Finish(gradients_.x, output_tasks_[i]);
+          });
+      watch.Lap("grad x");
+    }
+    if (lora_grads_) {
+      const int experts = group.last_expert - group.first_expert;
+      counters().ForEach(CounterOf(counter + kLoRAGrad, 0),
+                         static_cast<int64_t>(experts) * (4 + shard_count() * 3),
+                         [&](int64_t i) { LoRAGrad(group, i, scratch); });
+      watch.Lap("grad LoRA");
+    }
+    // The next group overwrites the values of this one.
+    return worker.Barrier();
+  }
+
+  // dots, dg, du and h of a block, 64 columns at a time.
+  void HiddenGrad(int s, const Group& group, const BlockTask& task,
+                  const Activations& values, const Scratch& scratch) {
+    const RowBlock& block = task.rows;
+    const int depth = geometry_.hidden_padded();
+    const int padded = geometry_.intermediate_padded();
+    GatherRows(grad_y_, block, scratch);
+    for (int column = task.first_panel * kPanel;
+         column < std::min(task.last_panel * kPanel, shard(s).width); column += kPanel) {
+      const int strips = std::min(kPanel, shard(s).width - column) / kStrip;
+      const ptrdiff_t stride = 2 * kStrip * strips;
+      // The panels' depths [column, column + 64) become outputs.
+      for (int panel = 0; panel < DownPanels(); ++panel) {
+        const int width = store_.DownStrips(panel);
+        const bf16* src = store_.DownPanel(s, block.expert, panel) +
+                          static_cast<int64_t>(column / 2) * 2 * kStrip * width;
+        for (int strip = 0; strip < width; ++strip) {
+          kernels_.transpose(
+              src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
+              scratch.panel + (panel * kPanel + strip * kStrip) / 2 * stride, stride);
+        }
+      }
+      int n_terms = 1;
+      Term terms[6] = {{scratch.rows, scratch.stride, scratch.panel, depth}};
+      if (rank()) {
+        Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
+                                  shard(s).begin + column,
+                                  std::min(strips * kStrip, Slice(s) - column), strips,
+                                  scratch.lora_panel[0], stride);
+        AddLowRankTerms(LowRankRow(low_rank_grad_, group, block.begin), 2,
+                        scratch.lora_panel[0], 0, 1, terms, n_terms);
+      }
+      Prefetch prefetch;
+      if (column + kPanel < task.last_panel * kPanel &&
+          column + 2 * kPanel <= shard(s).width) {
+        prefetch.base = reinterpret_cast<const char*>(
+            store_.DownPanel(s, block.expert, 0) +
+            static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
+        prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+        prefetch.stride = sizeof(bf16) * kPanel * shard(s).width;
+        prefetch.total_bytes =
+            geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
+      }
+      Multiply({terms, static_cast<size_t>(n_terms)}, block.count, strips, scratch, prefetch,
+               [&](int first, int count) {
+                 const int row = block.begin + first;
+                 const int64_t in =
+                     KeptOffset(values, group, row) + shard(s).begin + column;
+                 const int64_t out =
+                     static_cast<int64_t>(row - group.first_row) * HiddenStride(s) +
+                     column;
+                 epilogues_.swiglu_grad(
+                     scratch.tile, count, strips, &routing_.weights[row],
+                     KeptIndex(values, row), values.gate + in, values.up + in, padded, d_gate_[s] + out,
+                     d_up_[s] + out, lora_grads_ ? hidden_[s] + out : nullptr,
+                     HiddenStride(s),
+                     dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
+                         first_block_[s] + column / kPanel,
+                     blocks_);
+               });
+    }
+  }
+
+  void WeightGrad(const Group& group, const RowBlock& block) {
+    for (int row = block.begin; row < block.begin + block.count; ++row) {
+      const float* dots = dots_ + static_cast<int64_t>(row - group.first_row) * blocks_;
+      float sum = 0;
+      for (int i = 0; i < blocks_; ++i) sum += dots[i];
+      gradients_.weights[routing_.slots[row]] = sum;
+    }
+  }
+
+  // s dg Bg and s du Bu.
+  bool LowRankOfHiddenGrad(Worker& worker, const Scratch& scratch, const Group& group,
+                           int counter) {
+    const int s = worker.subpool();
+    const bool partial = shard_count() > 1;
+    counters().ForEach(
+        CounterOf(counter + kLowRankOfHiddenGrad, s), group.blocks.size(),
+        [&](int64_t i) {
+          const RowBlock& block = group.blocks[i];
+          const int64_t first =
+              static_cast<int64_t>(block.begin - group.first_row) * HiddenStride(s);
+          const LoRAArray bs[] = {kGateB, kUpB};
+          const bf16* rows[] = {d_gate_[s] + first, d_up_[s] + first};
+          for (int which = 0; which < 2; ++which) {
+            const LowRankFactor factor{Matrix(bs[which]), shard(s).begin, 0, which};
+            LowRank(Contraction::kDownColumns, s, group, block, rows[which],
+                    HiddenStride(s), Slice(s), {&factor, 1}, low_rank_grad_, partial,
+                    scratch);
+          }
+        });
+    return SumPartialsPhase(worker, group, counter + kSumLowRank, 2, 0, low_rank_grad_);
+  }
+
+  // grad_x[tokens, panels] += dg Wg + du Wu + (s dg Bg) Ag + (s du Bu) Au.
+  void InputGrad(int s, const Group& group, const OutputTask& task,
+                 const Scratch& scratch) {
+    const int width = shard(s).width;
+    const bool lora = rank() && s == 0;
+    for (const int expert : group.active) {
+      const RowBlock rows =
+          RowsOfTokens(routing_, expert, task.first_token, task.last_token);
+      if (rows.count == 0) continue;
+      const int64_t first =
+          static_cast<int64_t>(rows.begin - group.first_row) * HiddenStride(s);
+      for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
+        const int strips = store_.DownStrips(panel);
+        const ptrdiff_t stride = 2 * kStrip * strips;
+        bf16* up_panel = scratch.panel + width / 2 * stride;
+        for (int source = 0; source < width / kDepth; ++source) {
+          const bf16* src = store_.GateUpPanel(s, expert, source) +
+                            static_cast<int64_t>(panel) * (kPanel / 2) * 2 * kPanel;
+          for (int half = 0; half < 2; ++half) {
+            const int64_t depth = source * kDepth + half * kStrip;
+            kernels_.transpose(src + 4 * kStrip * half, 2 * kPanel, strips / 2,
+                               scratch.panel + depth / 2 * stride, stride);
+            kernels_.transpose(src + 4 * kStrip * half + 2 * kStrip, 2 * kPanel,
+                               strips / 2, up_panel + depth / 2 * stride, stride);
+          }
+        }
+        int n_terms = 2;
+        Term terms[6] = {
+            {d_gate_[s] + first, HiddenStride(s), scratch.panel, width},
+            {d_up_[s] + first, HiddenStride(s), up_panel, width}};
+        if (lora) {
+          const LoRAArray as[] = {kGateA, kUpA};
+          for (int which = 0; which < 2; ++which) {
+            Matrix(as[which]).PackDepths(
+                kernels_, expert, 0, rank(), panel * kPanel,
+                std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
+                scratch.lora_panel[which], stride);
+            AddLowRankTerms(LowRankRow(low_rank_grad_, group, rows.begin), which,
+                            scratch.lora_panel[which], 0, 1, terms, n_terms);
+          }
+        }
+        Prefetch prefetch;
+        if (panel + 1 < task.last_panel && store_.DownStrips(panel + 1) == kPanelStrips) {
+          prefetch.base = reinterpret_cast<const char*>(
+              store_.GateUpPanel(s, expert, 0) +
+              static_cast<int64_t>(panel + 1) * (kPanel / 2) * 2 * kPanel);
+          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+          prefetch.stride = sizeof(bf16) * store_.GateUpPanelSize();
+          prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
+        }
+        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch, prefetch,
+                 [&](int from, int count) {
+                   epilogues_.scatter_add(scratch.tile, count, strips,
+                                          &routing_.tokens[rows.begin + from], nullptr,
+                                          sums_[s] + panel * kPanel,
+                                          geometry_.hidden_padded());
+                 });
+      }
+    }
+  }
+
+  // The matrix of one expert in a gradient array of `rows` x `columns` per expert.
+  MutableArray GradOf(LoRAArray which, int expert, int64_t rows, int64_t columns,
+                      int64_t row, int64_t column) const {
+    MutableArray grad = gradients_.lora[which];
+    const int64_t offset = (expert * rows + row) * columns + column;
+    grad.data = static_cast<char*>(grad.data) + offset * (grad.is_float32 ? 4 : 2);
+    return grad;
+  }
+
+  // A packing of columns of a [tokens, hidden] array, its rows chosen by token.
+  auto PackGathered(ConstArray array, int row, int begin, const Scratch& scratch) const {
+    return [=, this](int from, int depth, int column, int outputs, int strips) {
+      const int32_t* tokens = &routing_.tokens[row + from];
+      const ptrdiff_t stride = geometry_.hidden, first = begin + column;
+      if (array.is_float32) {
+        const Rows<float> src{static_cast<const float*>(array.data) + first, stride,
+                              tokens};
+        kernels_.pack_depths_f32(src, depth, outputs, strips, scratch.panel,
+                                 2 * kStrip * strips);
+      } else {
+        const Rows<bf16> src{static_cast<const bf16*>(array.data) + first, stride,
+                             tokens};
+        kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel,
+                                  2 * kStrip * strips);
+      }
+    };
+  }
+
+  // Task i of a group: one source of one expert. The sources, largest first, are x (dAg,
+  // dAu), gy (dBd) and then dg (dBg), du (dBu), h (dAd) of every shard; x and gy come in
+  // two halves of their columns.
+  void LoRAGrad(const Group& group, int64_t i, const Scratch& scratch) {
+    const int sources = 4 + 3 * shard_count();
+    const int expert = group.first_expert + static_cast<int>(i / sources);
+    const int source = static_cast<int>(i % sources);
+    const int row = routing_.offsets[expert], count = routing_.rows_of(expert);
+    const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
+    const bf16* low_rank = LowRankRow(low_rank_, group, row);
+    const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);
+
+    if (source < 4) {
+      const int panels = DownPanels(), half = source % 2;
+      const int begin = panels * half / 2 * kPanel;
+      const int end = std::min(panels * (half + 1) / 2 * kPanel, hidden);
+      if (source < 2) {
+        const GradFactor factors[] = {
+            {low_rank_grad, false, false,
+             GradOf(kGateA, expert, rank(), hidden, 0, begin), hidden},
+            {low_rank_grad + 2 * low_rank_width_, false, false,
+             GradOf(kUpA, expert, rank(), hidden, 0, begin), hidden}};
+        MultiplyOverRows(PackGathered(inputs_.x, row, begin, scratch), row, count,
+                         end - begin, factors, scratch);
+      } else {
+        const GradFactor factor{low_rank + 4 * low_rank_width_, true, true,
+                                GradOf(kDownB, expert, hidden, rank(), begin, 0), rank()};
+        MultiplyOverRows(PackGathered(grad_y_, row, begin, scratch), row, count,
+                         end - begin, {&factor, 1}, scratch);
+      }
+      return;
+    }
+    const int s = (source - 4) / 3, kind = (source - 4) % 3;
+    const int begin = shard(s).begin;
+    const bf16* arrays[] = {d_gate_[s], d_up_[s], hidden_[s]};
+    const LoRAArray grads[] = {kGateB, kUpB, kDownA};
+    const GradFactor factor =
+        kind < 2 ? GradFactor{low_rank + 2 * kind * low_rank_width_, false, true,
+                              GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
+                              rank()}
+                 : GradFactor{low_rank_grad + 4 * low_rank_width_, true, false,
+                              GradOf(kDownA, expert, rank(), intermediate, 0, begin),
+                              intermediate};
+    const bf16* base = arrays[kind] + static_cast<int64_t>(row - group.first_row) *
+                                          HiddenStride(s);
+    auto pack = [&](int from, int depth, int column, int outputs, int strips) {
+      kernels_.pack_depths_bf16({base + from * HiddenStride(s) + column, HiddenStride(s)},
+                                depth, outputs, strips, scratch.panel,
+                                2 * kStrip * strips);
+    };
+    MultiplyOverRows(pack, row, count, Slice(s), {&factor, 1}, scratch);
+  }
+
+  // The gradients of `factors` over the rows of an expert and `columns` columns of a
+  // source, which `pack(first row, depth, first column, outputs, strips)` brings to
+  // scratch.panel with rows as depths.
+  template <typename Pack>
+  void MultiplyOverRows(Pack pack, int row, int count, int columns,
+                        std::span<const GradFactor> factors, const Scratch& scratch) {
+    const ptrdiff_t stride = RoundUp(std::max(count, 1), kDepth);
+    const int rank_rows = static_cast<int>(RoundUp(rank(), kernels_.max_rows));
+    for (size_t f = 0; f < factors.size(); ++f) {
+      TransposeLowRank(factors[f], row, count,
+                       scratch.transposed + 2 * f * rank() * stride, stride);
+    }
+    for (int column = 0; column < columns; column += kPanel) {
+      const int outputs = std::min(kPanel, columns - column);
+      const int strips = static_cast<int>(CeilDiv(outputs, kStrip));
+      if (count == 0) {
+        std::fill_n(scratch.tile, factors.size() * rank_rows * kPanel, 0.0f);
+      }
+      for (int from = 0; from < count; from += kMaxGradDepth) {
+        const int depth = std::min(kMaxGradDepth, count - from);
+        pack(from, depth, column, outputs, strips);
+        for (size_t f = 0; f < factors.size(); ++f) {
+          const bf16* high = scratch.transposed + 2 * f * rank() * stride + from;
+          const bf16* low = high + rank() * stride;
+          const int even_depth = static_cast<int>(RoundUp(depth, 2));
+          float* tile = scratch.tile + f * rank_rows * kPanel;
+          ForTiles(kernels_, rank(), [&](int first, int tile_rows) {
+            const Term terms[] = {
+                {high + first * stride, stride, scratch.panel, even_depth},
+                {low + first * stride, stride, scratch.panel, even_depth}};
+            kernels_.gemm(terms, 2, tile_rows, strips, tile + first * kPanel, from > 0,
+                          nullptr);
+          });
+        }
+      }
+      for (size_t f = 0; f < factors.size(); ++f) {
+        StoreGrad(factors[f], scratch.tile + f * rank_rows * kPanel, column, outputs);
+      }
+    }
+  }
+
+  // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low ones,
+  // zero up to `stride` rows.
+  void TransposeLowRank(const GradFactor& factor, int row, int count, bf16* dst,
+                        ptrdiff_t stride) const {
+    for (int r = 0; r < count; ++r) {
+      const bf16* src = factor.low_rank + static_cast<int64_t>(r) * low_rank_stride_;
+      const float weight = routing_.weights[row + r];
+      for (int i = 0; i < rank(); ++i) {
+        bf16 high = src[i], low = src[low_rank_width_ + i];
+        if (factor.weighted) {
+          const float value = weight * (FromBf16(high) + FromBf16(low));
+          high = RoundToBf16(value);
+          low = RoundToBf16(value - FromBf16(high));
+        }
+        dst[i * stride + r] = high;
+        dst[(rank() + i) * stride + r] = low;
+      }
+    }
+    for (int i = 0; i < 2 * rank(); ++i) {
+      std::fill(dst + i * stride + count, dst + (i + 1) * stride, bf16{0});
+    }
+  }
+
+  void StoreGrad(const GradFactor& factor, const float* tile, int column,
+                 int outputs) const {
+    const int64_t offset = factor.transposed ? column * factor.stride : column;
+    if (factor.grad.is_float32) {
+      (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
+          tile, rank(), outputs, static_cast<float*>(factor.grad.data) + offset,
+          factor.stride);
+    } else {
+      (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
+          tile, rank(), outputs, static_cast<bf16*>(factor.grad.data) + offset,
+          factor.stride);
+    }
+  }
+
+  const ConstArray grad_y_;
+  const Residuals residuals_;
+  const Gradients gradients_;
+  const bool recompute_;
+  const bool lora_grads_;
+  Residuals recomputed_;  // of one group
+  std::vector<std::vector<BlockTask>> hidden_grad_tasks_;  // [shard * groups + group]
+  std::vector<bf16*> d_gate_, d_up_;  // per shard [group rows][HiddenStride]
+  bf16* low_rank_ = nullptr;          // [group rows][low_rank_stride_]
+  bf16* low_rank_grad_ = nullptr;     // [group rows][low_rank_stride_]
+  float* dots_ = nullptr;             // [group rows][blocks_]
+  int blocks_ = 0;                    // column blocks of all shards
+  std::vector<int> first_block_;      // per shard
+};
+
+}  // namespace
+
+void Backward(const ExpertStore& store, const LayerInputs& inputs, ConstArray grad_y,
+              const Residuals& residuals, const Gradients& gradients) {
+  BackwardPass(store, inputs, grad_y, residuals, gradients).Compute();
+}
+
+}  // namespace ktjax

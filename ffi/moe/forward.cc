@@ -1,0 +1,138 @@
+#include <cstring>
+
+#include "moe/layer.h"
+#include "moe/pass.h"
+
+namespace ktjax {
+namespace {
+
+class ForwardPass : Pass {
+ public:
+  ForwardPass(const ExpertStore& store, const LayerInputs& inputs, MutableArray y,
+              const Residuals& residuals)
+      : Pass(store, inputs, kPhases), y_(y), residuals_(residuals) {
+    for (int s = 0; s < shard_count(); ++s) sums_.push_back(Sum(y, s));
+    if (rank()) {
+      low_rank_ = backend_.workspace.Get<bf16>(
+          Workspace::kLowRank, 0,
+          static_cast<size_t>(max_group_rows_) * low_rank_stride_);
+    }
+  }
+
+  void Compute() {
+    ClearSkippedSlots();
+    Run([this](Worker& worker, const Scratch& scratch) {
+      Stopwatch watch(worker.index() == 0);
+      for (size_t g = 0; g < groups_.size(); ++g) {
+        const int counter = static_cast<int>(g) * kPhases;
+        const Activations values{residuals_.gate, residuals_.up, true, low_rank_};
+        if (!ComputeHidden(worker, scratch, g, counter, values, watch)) return;
+        if (residuals_.low_rank) {
+          counters().ForEach(CounterOf(counter + kKeepLowRank, 0),
+                             groups_[g].blocks.size(), [&](int64_t i) {
+                               KeepLowRank(groups_[g], groups_[g].blocks[i]);
+                             });
+        }
+        const bool last = g + 1 == groups_.size();
+        counters().ForEach(CounterOf(counter + kDown, worker.subpool()),
+                           output_tasks_.size(), [&](int64_t i) {
+                             Down(worker.subpool(), g, output_tasks_[i], scratch);
+                             if (last && shard_count() == 1) Finish(y_, output_tasks_[i]);
+                           });
+        // The next group overwrites h.
+        if (!worker.Barrier()) return;
+        watch.Lap("down");
+      }
+      if (shard_count() == 1) return;
+      counters().ForEach(CounterOf(static_cast<int>(groups_.size()) * kPhases, 0),
+                         output_tasks_.size(),
+                         [&](int64_t i) { Finish(y_, output_tasks_[i]); });
+    });
+  }
+
+ private:
+  enum Phase { kKeepLowRank = kHiddenPhases, kDown, kPhases };
+
+  // Nothing computes the rows of skipped slots: zeros, so that results are values
+  // whatever the memory held.
+  void ClearSkippedSlots() const {
+    const int64_t slots = inputs_.tokens * inputs_.k;
+    if (routing_.rows() == slots) return;
+    auto clear = [](bf16* array, int64_t slot, int64_t stride) {
+      if (array) std::memset(array + slot * stride, 0, sizeof(bf16) * stride);
+    };
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      if (inputs_.ids[slot] >= 0) continue;
+      clear(residuals_.gate, slot, geometry_.intermediate_padded());
+      clear(residuals_.up, slot, geometry_.intermediate_padded());
+      clear(residuals_.low_rank, slot, low_rank_stride_);
+    }
+  }
+
+  void KeepLowRank(const Group& group, const RowBlock& block) const {
+    for (int row = block.begin; row < block.begin + block.count; ++row) {
+      std::memcpy(residuals_.low_rank +
+                      static_cast<int64_t>(routing_.slots[row]) * low_rank_stride_,
+                  LowRankRow(low_rank_, group, row), sizeof(bf16) * low_rank_stride_);
+    }
+  }
+
+  // y[tokens, panels] += w (h Wdᵀ + (s h Adᵀ) Bdᵀ) over the experts of a group.
+  void Down(int s, int group_index, const OutputTask& task,
+            const Scratch& scratch) {
+    const Group& group = groups_[group_index];
+    if (group_index == 0) ClearSum(sums_[s], task);
+    const bool lora = rank() && s == 0;  // s h Adᵀ is already the sum over the shards
+    for (size_t e = 0; e < group.active.size(); ++e) {
+      const int expert = group.active[e];
+      const RowBlock rows =
+          RowsOfTokens(routing_, expert, task.first_token, task.last_token);
+      if (rows.count == 0) continue;
+      for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
+        const int strips = store_.DownStrips(panel);
+        int n_terms = 1;
+        Term terms[6] = {
+            {hidden_[s] + (rows.begin - group.first_row) * HiddenStride(s),
+             HiddenStride(s), store_.DownPanel(s, expert, panel), shard(s).width}};
+        if (lora) {
+          Matrix(kDownB).PackOutputs(kernels_, expert, panel * kPanel,
+                                     std::min(kPanel, geometry_.hidden - panel * kPanel),
+                                     0, rank(), strips, scratch.lora_panel[0],
+                                     2 * kStrip * strips);
+          AddLowRankTerms(LowRankRow(low_rank_, group, rows.begin), 2,
+                          scratch.lora_panel[0], 0, 1, terms, n_terms);
+        }
+        const bool next_panel = panel + 1 < task.last_panel;
+        Prefetch prefetch;
+        if (next_panel || e + 1 < group.active.size()) {
+          prefetch.base = reinterpret_cast<const char*>(
+              next_panel ? store_.DownPanel(s, expert, panel + 1)
+                         : store_.DownPanel(s, group.active[e + 1], task.first_panel));
+          prefetch.chunk_bytes = prefetch.total_bytes =
+              sizeof(bf16) * kPanel * shard(s).width;
+        }
+        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch, prefetch,
+                 [&](int first, int count) {
+                   const int row = rows.begin + first;
+                   epilogues_.scatter_add(scratch.tile, count, strips,
+                                          &routing_.tokens[row], &routing_.weights[row],
+                                          sums_[s] + panel * kPanel,
+                                          geometry_.hidden_padded());
+                 });
+      }
+    }
+  }
+
+  const MutableArray y_;
+  const Residuals residuals_;
+  bf16* low_rank_ = nullptr;
+};
+
+}  // namespace
+
+void Forward(const ExpertStore& store, const LayerInputs& inputs, MutableArray y,
+             const Residuals& residuals) {
+  ForwardPass(store, inputs, y, residuals).Compute();
+}
+
+}  // namespace ktjax

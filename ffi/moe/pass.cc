@@ -1,0 +1,307 @@
+#include "moe/pass.h"
+
+#include <cstring>
+
+#include "base/bf16.h"
+
+namespace ktjax {
+
+void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
+                             int outputs, int64_t column, int depth, int strips,
+                             bf16* dst, ptrdiff_t dst_stride) const {
+  const int64_t offset = (expert * rows + row) * columns + column;
+  outputs = std::max(outputs, 0);
+  if (array.is_float32) {
+    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
+    kernels.pack_outputs_f32(src, outputs, depth, strips, dst, dst_stride);
+  } else {
+    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
+    kernels.pack_outputs_bf16(src, outputs, depth, strips, dst, dst_stride);
+  }
+}
+
+void LoRAMatrix::PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
+                            int64_t column, int outputs, int strips, bf16* dst,
+                            ptrdiff_t dst_stride) const {
+  const int64_t offset = (expert * rows + row) * columns + column;
+  outputs = std::max(outputs, 0);
+  if (array.is_float32) {
+    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
+    kernels.pack_depths_f32(src, depth, outputs, strips, dst, dst_stride);
+  } else {
+    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
+    kernels.pack_depths_bf16(src, depth, outputs, strips, dst, dst_stride);
+  }
+}
+
+Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group)
+    : store_(store),
+      geometry_(store.geometry()),
+      inputs_(inputs),
+      backend_(*store.backend()),
+      kernels_(backend_.kernels),
+      epilogues_(*kernels_.epilogues),
+      lock_(backend_.mutex),
+      routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
+                     geometry_.experts)),
+      groups_(MakeGroups(routing_, geometry_)) {
+  const int threads = backend_.pool.config().max_threads_per_subpool;
+  for (const Group& group : groups_) {
+    max_group_rows_ = std::max(max_group_rows_, group.rows());
+    for (const RowBlock& block : group.blocks) {
+      max_block_rows_ = std::max(max_block_rows_, block.count);
+      max_expert_rows_ = std::max(max_expert_rows_, routing_.rows_of(block.expert));
+    }
+    for (const Shard& shard : store.shards()) {
+      gate_up_tasks_.push_back(MakeBlockTasks(group, shard.width / kDepth, threads));
+    }
+  }
+  output_tasks_ = MakeOutputTasks(inputs.tokens, DownPanels(), threads);
+  low_rank_width_ = static_cast<int>(RoundUp(rank(), kDepth));
+  low_rank_stride_ = 6 * low_rank_width_;
+  rank_strips_ = static_cast<int>(CeilDiv(rank(), kStrip));
+  Workspace& workspace = backend_.workspace;
+  for (int s = 0; s < shard_count(); ++s) {
+    hidden_.push_back(workspace.Get<bf16>(Workspace::kHidden, s,
+                                          max_group_rows_ * HiddenStride(s)));
+    partial_.push_back(shard_count() == 1 ? nullptr
+                                          : workspace.Get<float>(
+                                                Workspace::kPartial, s,
+                                                2ull * kStrip * rank_strips_ *
+                                                    max_group_rows_));
+  }
+  // The last counters are for the phase after all groups.
+  counters_ = std::make_unique<Counters>(
+      static_cast<int>(groups_.size() * phases_per_group + 1) * shard_count());
+}
+
+LoRAMatrix Pass::Matrix(LoRAArray which) const {
+  const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
+  const int64_t in = which == kDownA ? intermediate : hidden;
+  const int64_t out = which == kDownB ? hidden : intermediate;
+  const bool is_a = which == kGateA || which == kUpA || which == kDownA;
+  return {inputs_.lora.arrays[which], is_a ? rank() : out, is_a ? in : rank()};
+}
+
+void Pass::GatherRows(ConstArray array, const RowBlock& block,
+                      const Scratch& scratch) const {
+  const int hidden = geometry_.hidden, padded = geometry_.hidden_padded();
+  for (int i = 0; i < block.count; ++i) {
+    const int64_t offset = static_cast<int64_t>(routing_.tokens[block.begin + i]) * hidden;
+    bf16* row = scratch.rows + i * scratch.stride;
+    if (array.is_float32) {
+      kernels_.to_bf16(static_cast<const float*>(array.data) + offset, row, hidden);
+    } else {
+      std::memcpy(row, static_cast<const bf16*>(array.data) + offset,
+                  sizeof(bf16) * hidden);
+    }
+    std::memset(row + hidden, 0, sizeof(bf16) * (padded - hidden));
+  }
+}
+
+void Pass::LowRank(Contraction contraction, int s, const Group& group,
+                   const RowBlock& block, const bf16* rows, ptrdiff_t stride, int depth,
+                   std::span<const LowRankFactor> factors, bf16* destination,
+                   bool partial, const Scratch& scratch) const {
+  // Strips of all factors side by side: two factors of rank 16 share one panel.
+  const int strips = rank_strips_ * static_cast<int>(factors.size());
+  const int even_depth = static_cast<int>(RoundUp(depth, 2));
+  for (int first = 0; first < strips; first += kPanelStrips) {
+    const int width = std::min(kPanelStrips, strips - first);
+    for (int i = 0; i < width; ++i) {
+      const LowRankFactor& factor = factors[(first + i) / rank_strips_];
+      const int vector = (first + i) % rank_strips_ * kStrip;
+      const int count = std::min(kStrip, rank() - vector);
+      bf16* dst = scratch.panel + 2 * kStrip * i;
+      if (contraction == Contraction::kAlongRows) {
+        factor.matrix.PackOutputs(kernels_, block.expert, factor.row + vector, count,
+                                  factor.column, depth, 1, dst, 2 * kStrip * width);
+      } else {
+        factor.matrix.PackDepths(kernels_, block.expert, factor.row, depth,
+                                 factor.column + vector, count, 1, dst,
+                                 2 * kStrip * width);
+      }
+    }
+    const Term term{rows, stride, scratch.panel, even_depth};
+    Multiply({&term, 1}, block.count, width, scratch, {}, [&](int from, int count) {
+      const int64_t row = block.begin - group.first_row + from;
+      for (int i = 0; i < width; ++i) {
+        const int strip = first + i, vector = strip % rank_strips_ * kStrip;
+        const float* tile = scratch.tile + kStrip * i;
+        if (partial) {
+          // Gate and down have the first half of a row, up the second.
+          const int slot = factors[strip / rank_strips_].index == 1;
+          const ptrdiff_t partial_stride = 2 * kStrip * rank_strips_;
+          epilogues_.store_rows_f32(tile, count, kStrip,
+                                    partial_[s] + row * partial_stride +
+                                        slot * kStrip * rank_strips_ + vector,
+                                    partial_stride);
+          continue;
+        }
+        const bool last = vector + kStrip >= rank();
+        bf16* high = destination + row * low_rank_stride_ +
+                     2 * factors[strip / rank_strips_].index * low_rank_width_ + vector;
+        epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
+                               last ? low_rank_width_ - vector : kStrip,
+                               inputs_.lora.scaling, high, high + low_rank_width_,
+                               low_rank_stride_);
+      }
+    });
+  }
+}
+
+void Pass::SumPartials(const Group& group, const RowBlock& block, int factors,
+                       int first_factor, bf16* destination) const {
+  const int width = kStrip * rank_strips_;
+  std::vector<float> sum(width);
+  const int64_t first = block.begin - group.first_row;
+  for (int64_t row = first; row < first + block.count; ++row) {
+    bf16* high =
+        destination + row * low_rank_stride_ + 2 * first_factor * low_rank_width_;
+    for (int f = 0; f < factors; ++f, high += 2 * low_rank_width_) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (const float* part : partial_) {
+        part += (row * 2 + f) * width;
+        for (int i = 0; i < rank(); ++i) sum[i] += part[i];
+      }
+      for (int i = 0; i < low_rank_width_; ++i) {
+        const float value = i < rank() ? sum[i] * inputs_.lora.scaling : 0.0f;
+        high[i] = RoundToBf16(value);
+        high[low_rank_width_ + i] = RoundToBf16(value - FromBf16(high[i]));
+      }
+    }
+  }
+}
+
+bool Pass::SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
+                            int first_factor, bf16* destination) {
+  if (shard_count() == 1) return true;
+  if (!worker.Barrier()) return false;
+  counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
+    SumPartials(group, group.blocks[i], factors, first_factor, destination);
+  });
+  return true;
+}
+
+bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index,
+                         int counter, const Activations& out, Stopwatch& watch) {
+  const Group& group = groups_[group_index];
+  const int s = worker.subpool();
+
+  if (rank()) {
+    const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0}, {Matrix(kUpA), 0, 0, 1}};
+    counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
+      const RowBlock& block = group.blocks[i];
+      GatherRows(inputs_.x, block, scratch);
+      LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, scratch.stride,
+               geometry_.hidden, factors, out.low_rank, false, scratch);
+    });
+    if (!worker.Barrier()) return false;
+    watch.Lap("x A");
+  }
+
+  const std::vector<BlockTask>& tasks =
+      gate_up_tasks_[group_index * shard_count() + s];
+  counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
+    const auto& [block, first_panel, last_panel] = tasks[i];
+    GatherRows(inputs_.x, block, scratch);
+    for (int panel = first_panel; panel < last_panel; ++panel) {
+      const int column = panel * kDepth;
+      Term terms[6] = {{scratch.rows, scratch.stride,
+                        store_.GateUpPanel(s, block.expert, panel),
+                        geometry_.hidden_padded()}};
+      int n_terms = 1;
+      if (rank()) {
+        const LoRAArray bs[] = {kGateB, kUpB};
+        for (int which = 0; which < 2; ++which) {
+          Matrix(bs[which])
+              .PackOutputs(kernels_, block.expert, shard(s).begin + column,
+                           std::min(kDepth, Slice(s) - column), 0, rank(), 2,
+                           scratch.lora_panel[which], 4 * kStrip);
+          AddLowRankTerms(LowRankRow(out.low_rank, group, block.begin), which,
+                          scratch.lora_panel[which], which, 2, terms, n_terms);
+        }
+      }
+      Prefetch prefetch;
+      if (panel + 1 < last_panel) {
+        prefetch.base = reinterpret_cast<const char*>(
+            store_.GateUpPanel(s, block.expert, panel + 1));
+        prefetch.chunk_bytes = prefetch.total_bytes =
+            sizeof(bf16) * store_.GateUpPanelSize();
+      }
+      Multiply({terms, static_cast<size_t>(n_terms)}, block.count, kPanelStrips, scratch,
+               prefetch, [&](int first, int count) {
+                 const int row = block.begin + first;
+                 const int64_t kept =
+                     KeptOffset(out, group, row) + shard(s).begin + column;
+                 epilogues_.swiglu(
+                     scratch.tile, count, kPanelStrips,
+                     hidden_[s] + (row - group.first_row) * HiddenStride(s) + column,
+                     HiddenStride(s), KeptIndex(out, row),
+                     out.gate ? out.gate + kept : nullptr,
+                     out.gate ? out.up + kept : nullptr,
+                     geometry_.intermediate_padded());
+               });
+    }
+  });
+  if (!worker.Barrier()) return false;
+  watch.Lap("gate, up, SwiGLU");
+
+  if (rank()) {
+    const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
+    counters().ForEach(CounterOf(counter + 2, s), group.blocks.size(), [&](int64_t i) {
+      const RowBlock& block = group.blocks[i];
+      LowRank(Contraction::kAlongRows, s, group, block,
+              hidden_[s] + (block.begin - group.first_row) * HiddenStride(s),
+              HiddenStride(s), Slice(s), {&factor, 1}, out.low_rank, shard_count() > 1,
+              scratch);
+    });
+    if (!SumPartialsPhase(worker, group, counter + 3, 1, 2, out.low_rank)) {
+      return false;
+    }
+    if (!worker.Barrier()) return false;
+    watch.Lap("h A");
+  }
+  return true;
+}
+
+float* Pass::Sum(MutableArray result, int s) {
+  if (result.is_float32 && shard_count() == 1 &&
+      geometry_.hidden == geometry_.hidden_padded()) {
+    return static_cast<float*>(result.data);
+  }
+  return backend_.workspace.Get<float>(
+      Workspace::kSum, s, inputs_.tokens * geometry_.hidden_padded());
+}
+
+void Pass::ClearSum(float* sum, const OutputTask& task) const {
+  const int64_t stride = geometry_.hidden_padded();
+  const int64_t begin = task.first_panel * kPanel;
+  const int64_t end = std::min<int64_t>(task.last_panel * kPanel, stride);
+  for (int64_t t = task.first_token; t < task.last_token; ++t) {
+    std::memset(sum + t * stride + begin, 0, sizeof(float) * (end - begin));
+  }
+}
+
+void Pass::Finish(MutableArray result, const OutputTask& task) {
+  if (sums_[0] == result.data) return;
+  const int64_t stride = geometry_.hidden_padded(), hidden = geometry_.hidden;
+  const int64_t begin = task.first_panel * kPanel;
+  const int64_t end = std::min<int64_t>(task.last_panel * kPanel, hidden);
+  for (int64_t t = task.first_token; t < task.last_token; ++t) {
+    float* row = sums_[0] + t * stride;
+    for (int s = 1; s < shard_count(); ++s) {
+      const float* part = sums_[s] + t * stride;
+      for (int64_t n = begin; n < end; ++n) row[n] += part[n];
+    }
+    if (result.is_float32) {
+      std::memcpy(static_cast<float*>(result.data) + t * hidden + begin, row + begin,
+                  sizeof(float) * (end - begin));
+    } else {
+      kernels_.to_bf16(row + begin, static_cast<bf16*>(result.data) + t * hidden + begin,
+                       end - begin);
+    }
+  }
+}
+
+}  // namespace ktjax

@@ -1,0 +1,92 @@
+#include "moe/schedule.h"
+
+namespace ktjax {
+namespace {
+
+// Intermediate values of a group: 8 MiB for each of h, dg and du stay in a server's L3
+// and keep a train step's scratch small, while a group has enough rows to fill threads.
+constexpr int64_t kGroupBytes = 8ll << 20;
+constexpr int64_t kMinGroupRows = 1024;
+
+// Rows that a thread packs at a time. They pass L2 once per panel (one byte a cycle), so
+// the bound is for scratch and for balance rather than for cache.
+constexpr int64_t kBlockBytes = 2ll << 20;
+constexpr int kMinBlockRows = 32;
+constexpr int kMaxBlockRows = 512;
+
+// Streaming a panel from memory costs about as much as computing this many rows with it.
+constexpr int64_t kPanelCostInRows = 16;
+constexpr int kTasksPerThread = 6;
+constexpr int kMinTokensPerTask = 64;
+
+}  // namespace
+
+std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry) {
+  const int64_t row_bytes = sizeof(bf16) * geometry.intermediate_padded();
+  const int64_t limit = std::max(kMinGroupRows, kGroupBytes / row_bytes);
+  const int block_rows = static_cast<int>(
+      std::clamp<int64_t>(kBlockBytes / (sizeof(bf16) * geometry.hidden_padded()),
+                          kMinBlockRows, kMaxBlockRows));
+  std::vector<Group> groups;
+  for (int e = 0; e < geometry.experts; ++e) {
+    const int rows = routing.rows_of(e);
+    if (groups.empty() || groups.back().rows() + rows > limit) {
+      groups.push_back({e, e, routing.offsets[e], routing.offsets[e], {}, {}});
+    }
+    Group& group = groups.back();
+    group.last_expert = e + 1;
+    group.last_row += rows;
+    if (rows > 0) group.active.push_back(e);
+    for (int64_t blocks = CeilDiv(rows, block_rows), done = 0; blocks > 0; --blocks) {
+      const int count = static_cast<int>(CeilDiv(rows - done, blocks));
+      group.blocks.push_back({e, routing.offsets[e] + static_cast<int>(done), count});
+      done += count;
+    }
+  }
+  return groups;
+}
+
+std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int threads) {
+  int64_t total = 0;
+  for (const RowBlock& block : group.blocks) {
+    total += (block.count + kPanelCostInRows) * panels;
+  }
+  const int64_t share = std::max<int64_t>(1, total / (threads * kTasksPerThread));
+  std::vector<BlockTask> tasks;
+  for (const RowBlock& block : group.blocks) {
+    const int64_t cost = (block.count + kPanelCostInRows) * panels;
+    const int parts =
+        static_cast<int>(std::clamp<int64_t>(CeilDiv(cost, share), 1, panels));
+    for (int part = 0; part < parts; ++part) {
+      tasks.push_back({block, panels * part / parts, panels * (part + 1) / parts});
+    }
+  }
+  return tasks;
+}
+
+std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads) {
+  const int wanted = threads * kTasksPerThread;
+  const int columns = std::min(panels, wanted);
+  const int64_t slices = std::clamp<int64_t>(
+      wanted / columns, 1, std::max<int64_t>(1, tokens / kMinTokensPerTask));
+  std::vector<OutputTask> tasks;
+  for (int c = 0; c < columns; ++c) {
+    for (int64_t s = 0; s < slices; ++s) {
+      tasks.push_back({panels * c / columns, panels * (c + 1) / columns,
+                       static_cast<int>(tokens * s / slices),
+                       static_cast<int>(tokens * (s + 1) / slices)});
+    }
+  }
+  return tasks;
+}
+
+RowBlock RowsOfTokens(const Routing& routing, int expert, int first, int last) {
+  const auto begin = routing.tokens.begin() + routing.offsets[expert];
+  const auto end = routing.tokens.begin() + routing.offsets[expert + 1];
+  const auto from = std::lower_bound(begin, end, first);
+  const auto to = std::lower_bound(from, end, last);
+  return {expert, static_cast<int>(from - routing.tokens.begin()),
+          static_cast<int>(to - from)};
+}
+
+}  // namespace ktjax

@@ -1,0 +1,95 @@
+// How the work of a layer is cut into tasks. Results never depend on the cut.
+#ifndef KTJAX_FFI_MOE_SCHEDULE_H_
+#define KTJAX_FFI_MOE_SCHEDULE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "moe/routing.h"
+#include "moe/store.h"
+
+namespace ktjax {
+
+// Rows [begin, begin + count) of one expert: what a thread packs at a time.
+struct RowBlock {
+  int expert;
+  int begin;
+  int count;
+};
+
+// A row block times the panels [first_panel, last_panel).
+struct BlockTask {
+  RowBlock rows;
+  int first_panel;
+  int last_panel;
+};
+
+// All rows of a group whose tokens are in [first_token, last_token), times panels. One
+// task owns these outputs and adds the experts in order: no atomics, no reduction, and
+// the same sum for any number of threads.
+struct OutputTask {
+  int first_panel;
+  int last_panel;
+  int first_token;
+  int last_token;
+};
+
+// Consecutive experts whose intermediate values fit the cache and the memory budget.
+struct Group {
+  int first_expert;
+  int last_expert;
+  int first_row;
+  int last_row;
+  std::vector<RowBlock> blocks;
+  std::vector<int> active;  // the experts that have rows
+  int rows() const { return last_row - first_row; }
+};
+
+std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry);
+
+// `panels` panels for every block, cut along panels until there is work for `threads`.
+std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int threads);
+
+std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads);
+
+// The rows of `expert` whose tokens are in [first, last).
+RowBlock RowsOfTokens(const Routing& routing, int expert, int first, int last);
+
+// Every phase of a job takes its tasks from a counter of its own, on its own cache line.
+class Counters {
+ public:
+  explicit Counters(int count) : next_(new Counter[count]) {}
+  // Calls f(i) for the tasks that no other worker has taken.
+  template <typename F>
+  void ForEach(int counter, int64_t tasks, F f) {
+    std::atomic<int64_t>& next = next_[counter].value;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+  };
+  std::unique_ptr<Counter[]> next_;
+};
+
+// Calls f(first_row, rows) for equal tiles of at most max_rows, in steps of row_step.
+template <typename F>
+void ForTiles(const Kernels& kernels, int rows, F f) {
+  const int steps = static_cast<int>(CeilDiv(rows, kernels.row_step));
+  int tiles = static_cast<int>(CeilDiv(rows, kernels.max_rows));
+  int step = 0;
+  for (; tiles > 0; --tiles) {
+    const int count = static_cast<int>(CeilDiv(steps - step, tiles));
+    const int first = step * kernels.row_step;
+    f(first, std::min(count * kernels.row_step, rows - first));
+    step += count;
+  }
+}
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_MOE_SCHEDULE_H_

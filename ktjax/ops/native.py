@@ -1,0 +1,178 @@
+"""The two FFI targets as JAX functions on tokens, with their batching rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ktjax import backend as _backend
+from ktjax.lora import LoRA
+
+Array = Any
+_TILE = 32  # kDepth of the native library: columns of kept values are padded to this
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static side of a call.
+
+    Attributes:
+      intermediate: width of an expert.
+      scaling: lora_alpha / lora_rank.
+      keep: whether the forward keeps values for the backward.
+    """
+
+    intermediate: int | None
+    scaling: float
+    keep: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Which gradients somebody asked for."""
+
+    x: bool
+    w: bool
+    lora: bool
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _kept_shapes(spec: Spec, ids: Array, lora: LoRA | None) -> list[Any]:
+    slots = ids.shape[0] * ids.shape[1]
+    assert spec.intermediate is not None
+    width = _round_up(spec.intermediate, _TILE)
+    shapes = [(slots, width), (slots, width)]
+    if lora is not None:
+        shapes.append((slots, 6 * _round_up(lora.gate_a.shape[1], _TILE)))
+    return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+def _attributes(spec: Spec, lora: LoRA | None) -> dict[str, Any]:
+    return {"scaling": np.float32(spec.scaling), "has_lora": lora is not None}
+
+
+def _operands(lora: LoRA | None) -> tuple[Array, ...]:
+    return () if lora is None else lora.arrays()
+
+
+@functools.lru_cache(maxsize=None)
+def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
+    """`f(x [tokens, hidden], ids, w, handle, lora) -> (y, kept values)`."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x, ids, w, handle, lora):
+        kept = _kept_shapes(spec, ids, lora) if spec.keep else []
+        y, *kept = jax.ffi.ffi_call(
+            "ktjax_moe_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept]
+        )(
+            x, ids, w, handle, *_operands(lora),
+            keep=spec.keep, **_attributes(spec, lora),
+        )
+        return y, tuple(kept)
+
+    @call.def_vmap
+    def batched(axis_size, in_batched, x, ids, w, handle, lora):
+        args = (x, ids, w, handle, lora)
+        shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[4]))
+        if not shared:
+            out = _one_by_one(call, in_batched, args)
+        else:
+            # Kept values have a row per slot, so a batch of tokens is just more tokens.
+            rows = _fold(axis_size, in_batched[:3], args[:3])
+            out = _unfold(axis_size, call(*rows, handle, lora))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+@functools.lru_cache(maxsize=None)
+def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
+    """`f(x, ids, w, handle, gy, lora, kept) -> (grad x, grad w, grad LoRA)`.
+
+    Gradients that nobody needs are None.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(x, ids, w, handle, gy, lora, kept):
+        results = []
+        if needs.x:
+            results.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+        if needs.w:
+            results.append(jax.ShapeDtypeStruct(w.shape, w.dtype))
+        if needs.lora:
+            results += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lora.arrays()]
+        out = list(
+            jax.ffi.ffi_call("ktjax_moe_backward", results)(
+                x, ids, w, handle, gy, *_operands(lora), *kept,
+                kept=bool(kept), need_x=needs.x, need_w=needs.w, need_lora=needs.lora,
+                **_attributes(spec, lora),
+            )
+        )
+        grad_x = out.pop(0) if needs.x else None
+        grad_w = out.pop(0) if needs.w else None
+        return grad_x, grad_w, LoRA(*out) if needs.lora else None
+
+    @call.def_vmap
+    def batched(axis_size, in_batched, x, ids, w, handle, gy, lora, kept):
+        args = (x, ids, w, handle, gy, lora, kept)
+        shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[5]))
+        if needs.lora or not shared:
+            # Every element of the batch has a LoRA gradient of its own.
+            out = _one_by_one(call, in_batched, args)
+        else:
+            tokens = _fold(
+                axis_size,
+                [*in_batched[:3], in_batched[4], in_batched[6]],
+                [x, ids, w, gy, kept],
+            )
+            x, ids, w, gy, kept = tokens
+            out = _unfold(axis_size, call(x, ids, w, handle, gy, lora, kept))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _fold(axis_size: int, in_batched: Any, args: Any) -> Any:
+    """`[batch, rows, ...]` to `[batch * rows, ...]`, repeating what is not batched."""
+
+    def fold(is_batched: bool, value: Array) -> Array:
+        if not is_batched:
+            value = jnp.broadcast_to(value, (axis_size, *value.shape))
+        return value.reshape(axis_size * value.shape[1], *value.shape[2:])
+
+    return jax.tree.map(fold, list(in_batched), list(args))
+
+
+def _unfold(axis_size: int, out: Any) -> Any:
+    return jax.tree.map(
+        lambda v: v.reshape(axis_size, v.shape[0] // axis_size, *v.shape[1:]), out
+    )
+
+
+def _one_by_one(call: Callable[..., Any], in_batched: Any, args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    flags = jax.tree.leaves(in_batched)
+    batched = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+    def one(values: list[Array]) -> Any:
+        remaining = iter(values)
+        full = [
+            next(remaining) if flag else leaf
+            for leaf, flag in zip(leaves, flags, strict=True)
+        ]
+        return call(*jax.tree.unflatten(tree, full))
+
+    return jax.lax.map(one, batched)
+
+
+# The targets are registered when ktjax.backend is imported.
+assert _backend is not None

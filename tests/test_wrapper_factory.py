@@ -1,0 +1,310 @@
+"""The factory, the configuration objects, the pool singleton and what modes refuse."""
+
+import dataclasses
+import inspect
+import threading
+
+import pytest
+from wrapper_support import arguments, install_backend_standin, make_wrapper, refuses
+
+from ktjax import backend
+from ktjax.config import LoRAConfig, MoEConfig
+from ktjax.experts import KTMoEWrapper
+from ktjax.experts_base import BaseMoEWrapper, _MoEBase
+from ktjax.experts_sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch):
+    install_backend_standin(monkeypatch)
+
+
+def test_signature_is_the_published_one():
+    parameters = list(inspect.signature(KTMoEWrapper.__new__).parameters.values())[1:]
+    assert [p.name for p in parameters] == [
+        "layer_idx",
+        "num_experts",
+        "num_experts_per_tok",
+        "hidden_size",
+        "moe_intermediate_size",
+        "num_gpu_experts",
+        "cpuinfer_threads",
+        "threadpool_count",
+        "weight_path",
+        "chunked_prefill_size",
+        "cpu_save",
+        "max_deferred_experts_per_token",
+        "method",
+        "mode",
+        "lora_rank",
+        "lora_alpha",
+        "max_cache_depth",
+    ]
+    defaults = [p.default for p in parameters[10:]]
+    assert defaults == [False, None, "AMXINT4", "inference", 16, 32.0, 1]
+
+
+def test_method_sets():
+    assert sorted(KTMoEWrapper.INFERENCE_METHODS) == [
+        "AMXINT4",
+        "AMXINT8",
+        "FP8",
+        "LLAMAFILE",
+        "MOE_INT4",
+        "MOE_INT8",
+        "RAWINT4",
+    ]
+    assert sorted(KTMoEWrapper.SFT_METHODS) == [
+        "AMXBF16_SFT",
+        "AMXINT4_KGroup_SFT",
+        "AMXINT4_SFT",
+        "AMXINT8_SFT",
+    ]
+
+
+def test_mode_is_checked_before_method():
+    with refuses(ValueError, "Unknown mode: 'train'. Must be 'inference' or 'sft'."):
+        KTMoEWrapper(**arguments(mode="train", method="nonsense"))
+
+
+def test_method_must_belong_to_the_mode():
+    with refuses(
+        ValueError,
+        "Method 'AMXBF16_SFT' is not supported in inference mode. Supported methods: "
+        "['AMXINT4', 'AMXINT8', 'FP8', 'LLAMAFILE', 'MOE_INT4', 'MOE_INT8', 'RAWINT4']",
+    ):
+        KTMoEWrapper(**arguments(mode="inference"))
+    with refuses(
+        ValueError,
+        "Method 'AMXINT4' is not supported in SFT mode. Supported methods: "
+        "['AMXBF16_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', 'AMXINT8_SFT']",
+    ):
+        KTMoEWrapper(**arguments(method="AMXINT4"))
+
+
+def test_method_is_checked_before_sizes():
+    with pytest.raises(ValueError, match="not supported in SFT mode"):
+        KTMoEWrapper(**arguments(method="nonsense", num_experts=0))
+
+
+def test_bf16_sft_is_built():
+    wrapper = KTMoEWrapper(**arguments())
+    assert type(wrapper) is AMXSFTMoEWrapper
+    assert isinstance(wrapper, BaseSFTMoEWrapper)
+    assert wrapper.method == "AMXBF16_SFT"
+    assert wrapper.lora_scaling == 2.0
+    assert wrapper.max_cache_depth == 1
+    assert wrapper.cpu_infer is backend.get_pool()
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [("inference", m) for m in sorted(KTMoEWrapper.INFERENCE_METHODS)]
+    + [("sft", m) for m in sorted(KTMoEWrapper.SFT_METHODS - {"AMXBF16_SFT"})],
+)
+def test_unbuilt_methods_name_what_works(mode, method):
+    with pytest.raises(NotImplementedError, match=f"{method}.*AMXBF16_SFT"):
+        KTMoEWrapper(**arguments(mode=mode, method=method))
+
+
+def test_wrapper_class_refuses_unknown_method():
+    sizes = {k: v for k, v in arguments().items() if k not in ("mode", "method")}
+    with refuses(
+        ValueError,
+        "Unsupported method: FP8. Supported methods: "
+        "['AMXBF16_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', 'AMXINT8_SFT']",
+    ):
+        AMXSFTMoEWrapper(**sizes, method="FP8")
+
+
+BAD_SIZES = [
+    *[
+        ({name: value}, f"{name} must be positive, got {value}")
+        for name in (
+            "num_experts",
+            "hidden_size",
+            "moe_intermediate_size",
+            "num_experts_per_tok",
+        )
+        for value in (0, -3)
+    ],
+    ({"num_experts": 2.5}, "num_experts must be an integer, got 2.5"),
+    ({"hidden_size": True}, "hidden_size must be an integer, got True"),
+    (
+        {"num_experts_per_tok": 6},
+        "num_experts_per_tok (6) cannot exceed num_experts (5)",
+    ),
+]
+BAD_SETTINGS = [
+    ({"lora_rank": 0}, "lora_rank must be positive, got 0"),
+    ({"lora_rank": 257}, "lora_rank must be at most 256, got 257"),
+    ({"lora_alpha": 0.0}, "lora_alpha must be positive, got 0.0"),
+    ({"lora_alpha": -1.0}, "lora_alpha must be positive, got -1.0"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must be positive, got nan"),
+    ({"lora_alpha": float("inf")}, "lora_alpha must be positive, got inf"),
+    ({"max_cache_depth": 0}, "max_cache_depth must be positive, got 0"),
+    ({"chunked_prefill_size": 0}, "chunked_prefill_size must be positive, got 0"),
+    ({"cpuinfer_threads": 0}, "cpuinfer_threads must be positive, got 0"),
+    ({"threadpool_count": 0}, "threadpool_count must be positive, got 0"),
+    (
+        {"num_gpu_experts": 1},
+        "num_gpu_experts must be 0 in SFT mode, "
+        "which computes every expert on the CPU, got 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SIZES + BAD_SETTINGS)
+def test_settings_are_checked(change, message):
+    with refuses(ValueError, message):
+        KTMoEWrapper(**arguments(**change))
+
+
+def test_rank_256_is_allowed():
+    assert KTMoEWrapper(**arguments(lora_rank=256, lora_alpha=64)).lora_scaling == 0.25
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SIZES)
+def test_moe_config(change, message):
+    good = {
+        "num_experts": 5,
+        "num_experts_per_tok": 5,
+        "hidden_size": 1,
+        "moe_intermediate_size": 1,
+    }
+    config = MoEConfig(**good)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_experts = 6  # type: ignore[misc]
+    with refuses(ValueError, message):
+        MoEConfig(**{**good, **change})
+
+
+def test_lora_config():
+    assert LoRAConfig() == LoRAConfig(rank=16, alpha=32.0)
+    assert LoRAConfig(rank=8, alpha=4).scaling == 0.5
+    with refuses(ValueError, "lora_rank must be at most 256, got 300"):
+        LoRAConfig(rank=300)
+    with refuses(ValueError, "lora_alpha must be positive, got 0"):
+        LoRAConfig(alpha=0)
+
+
+def test_pool_is_one_for_all_threads():
+    config = backend.get_pool().config
+    pools = []
+
+    def ask():
+        pools.append(
+            _MoEBase._get_cpu_infer(config.threads_per_subpool, config.subpool_count)
+        )
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pools) == 8
+    assert len({id(pool) for pool in pools}) == 1
+
+
+def test_another_pool_configuration_is_an_error():
+    running = backend.get_pool()
+    more = running.config.threads_per_subpool + 1
+    with pytest.raises(RuntimeError, match=r"ktjax\.backend\.release_pool\(\)"):
+        KTMoEWrapper(**arguments(cpuinfer_threads=more))
+    assert backend.get_pool() is running
+
+
+def test_invalid_sizes_do_not_touch_the_pool(monkeypatch):
+    def started(config=None):
+        raise AssertionError("the pool was asked for")
+
+    sizes = arguments(num_experts=0)
+    monkeypatch.setattr(backend, "get_pool", started)
+    with refuses(ValueError, "num_experts must be positive, got 0"):
+        KTMoEWrapper(**sizes)
+
+
+class InferenceWrapper(BaseMoEWrapper):
+    def load_weights(self, physical_to_logical_map=None):
+        return None
+
+    def forward(self, hidden_states, expert_ids, weights):
+        return hidden_states
+
+    def submit_forward(self, hidden_states, expert_ids, weights):
+        return None
+
+    def sync_forward(self):
+        return None
+
+    def select_deferred_experts(self, expert_ids, weights):
+        return None
+
+
+def inference_arguments(**changes):
+    training = ("mode", "method", "lora_rank", "lora_alpha")
+    every = arguments(**changes)
+    return {name: value for name, value in every.items() if name not in training}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "forward_sft",
+            "forward_sft() is not available in inference mode. Use forward() instead, "
+            "or create wrapper with mode='sft'.",
+        ),
+        *[
+            (
+                name,
+                f"{name}() is not available in inference mode. Create wrapper with "
+                "mode='sft' to use SFT features.",
+            )
+            for name in ("backward", "init_lora_weights", "update_lora_weights")
+        ],
+    ],
+)
+def test_inference_refuses_training(method, message):
+    wrapper = InferenceWrapper(**inference_arguments())
+    with refuses(RuntimeError, message):
+        getattr(wrapper, method)(1, anything=2)
+
+
+def test_inference_base_is_abstract_and_checks_sizes():
+    with pytest.raises(TypeError, match="abstract"):
+        BaseMoEWrapper(**inference_arguments())
+    with refuses(ValueError, "hidden_size must be positive, got 0"):
+        InferenceWrapper(**inference_arguments(hidden_size=0))
+    with refuses(ValueError, "num_gpu_experts must be within 0..5, got 6"):
+        InferenceWrapper(**inference_arguments(num_gpu_experts=6))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            "forward",
+            "forward() is not available in SFT mode. Use forward_sft() instead.",
+        ),
+        (
+            "submit_forward",
+            "submit_forward() is not available in SFT mode. "
+            "SFT mode uses synchronous forward_sft().",
+        ),
+        (
+            "sync_forward",
+            "sync_forward() is not available in SFT mode. "
+            "SFT mode uses synchronous forward_sft().",
+        ),
+        (
+            "select_deferred_experts",
+            "select_deferred_experts() is not available in SFT mode. "
+            "Use forward_sft(), which defers no expert.",
+        ),
+    ],
+)
+def test_training_refuses_inference(method, message):
+    wrapper = make_wrapper(weights=False, lora=False)
+    with refuses(RuntimeError, message):
+        getattr(wrapper, method)(1, anything=2)

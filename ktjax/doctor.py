@@ -27,7 +27,8 @@ def report() -> Table:
 def _machine(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("CPU", facts["cpu"]),
-        ("instruction set", f"{facts['isa']} ({facts['isa_reason']})"),
+        ("instruction set", facts["isa"]),
+        ("because", facts["isa_reason"]),
         ("supported", ", ".join(facts["isas_supported"])),
         ("NUMA nodes", str(facts["numa_nodes"])),
         ("threads", str(facts["threads"])),

@@ -30,11 +30,11 @@ from ktjax.train.step import (
 EXAMPLES = make_examples(40)
 
 
-def train(tmp_path, name, observer=None, model=None, **changes):
+def train(tmp_path, name, observer=None, model=None, evaluation=(), **changes):
     model = model or StandIn()
     config = make_config(**changes)
     observer = observer or Silent()
-    result = fit(model, EXAMPLES, EXAMPLES[:5], config, tmp_path / name, observer)
+    result = fit(model, EXAMPLES, evaluation, config, tmp_path / name, observer)
     return model, result, observer
 
 
@@ -87,7 +87,7 @@ def test_interrupted_and_resumed_run_is_bit_exact(tmp_path, batching):
 
 def test_only_lora_and_random_state_change(tmp_path):
     before = state_of(StandIn())
-    model, _, observer = train(tmp_path, "run", eval_every=2)
+    model, _, observer = train(tmp_path, "run", evaluation=EXAMPLES[:5], eval_every=2)
     after = state_of(model)
     assert_same(before[2], after[2])
     changed = [
@@ -111,7 +111,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
         file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')
     train(tmp_path, "run", resume=True, output_dir=tmp_path / "run")
     steps = [json.loads(line)["step"] for line in path.open()]
-    assert steps == [1, 2, 3, 4, 5, 6, 6]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_training_learns(tmp_path):
@@ -202,6 +202,10 @@ def test_refuses_what_cannot_be_continued(tmp_path):
         train(tmp_path, "run")
     with pytest.raises(TrainingError, match=r"made with seed = 0, now it is 1"):
         train(tmp_path, "run", resume=True, output_dir=tmp_path, seed=1)
+    other = make_examples(40, seed=1)
+    config = make_config(resume=True, output_dir=tmp_path)
+    with pytest.raises(TrainingError, match="made with data = "):
+        fit(StandIn(), other, [], config, tmp_path / "run", Silent())
     with pytest.raises(ValueError, match=r"no nnx\.LoRAParam"):
         split_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 

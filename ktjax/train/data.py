@@ -8,6 +8,7 @@ Whatever is wrong with a line is a `DataError` that begins with `file:line:`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,6 +154,16 @@ def tokenize(
       DataError: a chat longer than `longest` tokens, or without a token to learn.
     """
     return [_tokenize_chat(chat, tokenizer.encode_chat, longest) for chat in chats]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A hash of all tokens and masks in order, to know a dataset again."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "little"))
+        digest.update(example.ids.tobytes())
+        digest.update(example.learn.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _tokenize_chat(

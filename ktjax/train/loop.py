@@ -21,7 +21,7 @@ from flax import nnx
 from ktjax.train import checkpoint
 from ktjax.train.batching import START, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
-from ktjax.train.data import Example
+from ktjax.train.data import Example, fingerprint
 from ktjax.train.step import (
     SplitModel,
     TrainState,
@@ -95,11 +95,11 @@ def fit(
       CheckpointError: a checkpoint does not fit, or cannot be written.
     """
     split = split_model(model)
-    root = output_dir / "checkpoints"
+    root, data = output_dir / "checkpoints", fingerprint(train)
     state = init_state(split, make_optimizer(config))
     start = START
     if config.resume:
-        state, start = _resume(root, state, config, len(train))
+        state, start = _resume(root, state, config, data)
     elif checkpoint.list_checkpoints(root):
         raise TrainingError(
             f"{output_dir} holds checkpoints of an earlier run; continue it with "
@@ -116,9 +116,7 @@ def fit(
     def save() -> None:
         nonlocal saved
         if step > saved:
-            observer.on_checkpoint(
-                _save(root, state, stream.position, config, len(train))
-            )
+            observer.on_checkpoint(_save(root, state, stream.position, config, data))
             saved = step
 
     with _deferred_interrupt() as interrupted:
@@ -227,7 +225,7 @@ def _save(
     state: TrainState,
     position: Position,
     config: TrainConfig,
-    examples: int,
+    data: str,
 ) -> Path:
     trees = {
         "lora": state.lora,
@@ -237,7 +235,7 @@ def _save(
     meta = {
         "model": str(config.model_path.resolve()),
         "position": position._asdict(),
-        "examples": examples,
+        "data": data,
         "config": config.trajectory(),
     }
     step = int(state.step)
@@ -245,15 +243,15 @@ def _save(
 
 
 def _resume(
-    root: Path, state: TrainState, config: TrainConfig, examples: int
+    root: Path, state: TrainState, config: TrainConfig, data: str
 ) -> tuple[TrainState, Position]:
     saved = checkpoint.list_checkpoints(root)
     if not saved:
         raise TrainingError(f"nothing to resume: there is no checkpoint in {root}")
     step, path = saved[-1]
     meta = checkpoint.read_meta(path)
-    now = {**config.trajectory(), "examples": examples}
-    then = {**meta["config"], "examples": meta["examples"]}
+    now = {**config.trajectory(), "data": data}
+    then = {**meta["config"], "data": meta["data"]}
     for name, value in now.items():
         if then.get(name) != value:
             raise TrainingError(

@@ -26,7 +26,7 @@ SMOOTHING = 0.1
 class ProgressReport:
     """A `ktjax.train.loop.Observer` that draws a progress bar; a context manager."""
 
-    def __init__(self, console: Console, steps: int, done: int = 0):
+    def __init__(self, console: Console, steps: int):
         self._progress = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -38,7 +38,6 @@ class ProgressReport:
             console=console,
         )
         self._task = self._progress.add_task("train", total=steps, status="compiling")
-        self._progress.update(self._task, completed=done)
         self._rate: float | None = None
         self._compiled = False
 

@@ -64,7 +64,8 @@ def load_experts(
             raise KeyError(
                 f"{checkpoint.path}: layer {layer_idx} has no routed experts: expected "
                 f"{at}.mlp.experts.0.gate_proj.weight, "
-                f"{at}.block_sparse_moe.experts.0.w1.weight or {at}.{_FUSED}.gate_up_proj"
+                f"{at}.block_sparse_moe.experts.0.w1.weight "
+                f"or {at}.{_FUSED}.gate_up_proj"
             )
         gate, up, down = _fused(checkpoint, f"{at}.{_FUSED}", num_experts)
         if physical_to_logical_map is not None:
@@ -88,8 +89,8 @@ def _check_map(mapping: Sequence[int] | Array | None, num_experts: int) -> list[
         )
     if order.min() < 0 or order.max() >= num_experts:
         raise ValueError(
-            f"load_experts: physical_to_logical_map must be within 0..{num_experts - 1}, "
-            f"got {order.min()}..{order.max()}"
+            "load_experts: physical_to_logical_map must be within "
+            f"0..{num_experts - 1}, got {order.min()}..{order.max()}"
         )
     return [int(expert) for expert in order]
 
@@ -103,8 +104,8 @@ def _stack(checkpoint: Checkpoint, at: str, name: str, order: list[int]) -> Arra
         tensor = checkpoint[key]
         if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise ValueError(
-                f"{checkpoint.path}: {key} is {tensor.dtype}{list(tensor.shape)}, expert "
-                f"{order[0]} has {first.dtype}{list(first.shape)}"
+                f"{checkpoint.path}: {key} is {tensor.dtype}{list(tensor.shape)}, "
+                f"expert {order[0]} has {first.dtype}{list(first.shape)}"
             )
         stacked[slot] = tensor
     return stacked

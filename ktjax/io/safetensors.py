@@ -1,8 +1,8 @@
 """Lazy reading and crash-safe writing of safetensors checkpoints.
 
-A file is `u64 little-endian n`, n bytes of JSON header, then the data; the header maps a
-tensor's name to its dtype, shape and byte range in the data. The header is checked in full
-before anything is read, so a damaged file is one clear error and not a wild read.
+A file is `u64 little-endian n`, n bytes of JSON header, then the data; the header maps
+a tensor's name to its dtype, shape and byte range in the data. The header is checked in
+full before anything is read, so a damaged file is one clear error, not a wild read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import safetensors.numpy
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-# The format's own limit (100 MB), which also bounds what a lying length can make us read.
+# The format's own limit, which also bounds what a lying length can make us read.
 _MAX_HEADER = 100_000_000
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(scalar)
@@ -51,7 +52,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file and what is wrong."""
+    """A checkpoint that cannot be read; the message names the file and the fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +172,10 @@ def save_file(
     tensors: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tensors` (NumPy or JAX arrays, bfloat16 too) so that a crash loses nothing.
+    """Write `tensors` (NumPy or JAX arrays, bfloat16 too); a crash loses nothing.
 
-    The bytes go to a temporary file beside `path`, are flushed to the disk, and take the
-    place of `path` in one rename: whoever opens it sees the old file or the new one.
+    The bytes go to a temporary file beside `path`, are flushed to the disk, and take
+    the place of `path` in one rename: a reader sees the old file or the new one.
 
     Args:
       path: the file to write; its directory must exist.
@@ -185,12 +186,12 @@ def save_file(
       TypeError: a dtype that the format or the writer does not know.
     """
     path = Path(path)
-    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             raise TypeError(
                 f"save_file: tensor {name!r} has dtype {array.dtype}, expected one of "
-                f"{', '.join(str(dtype) for dtype in DTYPES.values())}; convert it first"
+                f"{', '.join(map(str, DTYPES.values()))}; convert it first"
             )
     content = safetensors.numpy.save(arrays, dict(metadata or {}) or None)
     descriptor, temporary = tempfile.mkstemp(
@@ -215,15 +216,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(
-            f"{path}: truncated: {size} bytes, a safetensors file begins with 8 bytes of "
-            "header length; download or write it again"
+            f"{path}: truncated: {size} bytes, a safetensors file begins with 8 "
+            "bytes of header length; download or write it again"
         )
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
             raise CheckpointError(
-                f"{path}: not a safetensors file: its header would have {length} bytes, "
-                f"at most {_MAX_HEADER} are allowed"
+                f"{path}: not a safetensors file: its header would have {length} "
+                f"bytes, at most {_MAX_HEADER} are allowed"
             )
         if length > size - 8:
             raise CheckpointError(
@@ -266,11 +267,10 @@ def _is_size(value: object) -> bool:
 
 def _parse_entry(path: Path, name: str, value: Any, data_size: int) -> _Entry:
     where = f"{path}: tensor {name!r}"
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(
-        value
-    ):
+    if not isinstance(value, dict) or not _ENTRY_KEYS.issubset(value):
         raise CheckpointError(
-            f"{where}: expected an object with dtype, shape and data_offsets, got {value!r}"
+            f"{where}: expected an object with dtype, shape and data_offsets, "
+            f"got {value!r}"
         )
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
@@ -314,7 +314,8 @@ def _check_coverage(path: Path, entries: dict[str, _Entry], data_size: int) -> N
     ):
         if entry.start < position:
             raise CheckpointError(
-                f"{path}: tensors {previous!r} and {name!r} overlap at byte {entry.start}"
+                f"{path}: tensors {previous!r} and {name!r} overlap at byte "
+                f"{entry.start}"
             )
         if entry.start > position:
             raise CheckpointError(
@@ -344,13 +345,15 @@ def _open_directory(path: Path) -> dict[str, SafetensorsFile]:
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise FileNotFoundError(
-                f"{path / shard}: shard named by {INDEX_NAME} is missing; download it again"
+                f"{path / shard}: shard named by {INDEX_NAME} is missing; "
+                "download it again"
             )
         files[shard] = SafetensorsFile(path / shard)
     for name, shard in weight_map.items():
         if name not in files[shard]:
             raise CheckpointError(
-                f"{index_path}: tensor {name!r} should be in {shard}, which does not hold it"
+                f"{index_path}: tensor {name!r} should be in {shard}, "
+                "which does not hold it"
             )
     return {name: files[shard] for name, shard in weight_map.items()}
 

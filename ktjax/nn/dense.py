@@ -39,7 +39,7 @@ def upcast_on_cpu(function: Callable[..., Array], *operands: Array) -> Array:
 def dot_general(
     x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **_: Any
 ) -> Array:
-    """`jax.lax.dot_general` as `flax.nnx.Linear` calls it, float32 inside on the CPU."""
+    """`jax.lax.dot_general` for `flax.nnx.Linear`, float32 inside on the CPU."""
 
     def product(x: Array, kernel: Array) -> Array:
         return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision)
@@ -56,7 +56,7 @@ def linear(
     param_dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A `flax.nnx.Linear` in `dtype`, with its parameters in `param_dtype` or `dtype`."""
+    """A `flax.nnx.Linear` in `dtype`; `param_dtype` is that of its parameters."""
     return nnx.Linear(
         in_features,
         out_features,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ktjax.experts_state import StoreForm, StoreHandle
 from ktjax.lora import LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
@@ -16,12 +18,11 @@ from ktjax.store import ExpertStore
 Array = Any
 
 
-class StoreHandle(nnx.Variable):
-    """The `uint32[2]` handle of an expert store: neither trained nor saved.
-
-    A type of its own keeps the handle an operand of compiled programs, out of reach of
-    every filter for parameters.
-    """
+# Who keeps a store's memory alive. Not an attribute of the module: attributes become
+# part of jit's cache keys, which would hold gigabytes of weights after the last module.
+_STORES: weakref.WeakKeyDictionary[nnx.Module, ExpertStore] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class FrozenExperts(nnx.Variable):
@@ -39,7 +40,7 @@ def _init_lora(
     experts, intermediate, hidden = geometry
     if not 1 <= rank <= 256:
         raise ValueError(f"routed experts: lora_rank must be 1 to 256, got {rank}")
-    # Kaiming-uniform with a = √5 is uniform in ±1/√fan_in, which is variance 1/(3 fan_in).
+    # Kaiming-uniform with a = √5 is uniform in ±1/√fan_in: variance 1/(3 fan_in).
     uniform = nnx.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=2, out_axis=1, batch_axis=0
     )
@@ -83,8 +84,9 @@ class _Adapted(nnx.Module):
 class RoutedExperts(_Adapted):
     """The experts of one layer: an expert store and, with a rank, trainable LoRA.
 
-    The module keeps the store's handle, not the store: whoever made the store closes it,
-    here or through `close`. The six adapters are `nnx.LoRAParam`s named as in
+    The module keeps its store alive and `close` frees it. Copies that nnx makes of the
+    module (`merge`, `clone`) have the handle only: keep the module that was built as
+    long as they are in use. The six adapters are `nnx.LoRAParam`s named as in
     `ktjax.LoRA`, so `nnx.DiffState(0, nnx.LoRAParam)` selects exactly them.
 
     Attributes:
@@ -101,7 +103,7 @@ class RoutedExperts(_Adapted):
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         param_dtype: Any = jnp.float32,
-        activation_policy: str = "save",
+        activation_policy: Literal["save", "recompute"] = "save",
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wrap `store`.
@@ -114,16 +116,19 @@ class RoutedExperts(_Adapted):
           activation_policy: "save" or "recompute", as in `ktjax.moe`.
           rngs: source of A's initial values; needed with a rank.
         """
-        leaves, self._structure = jax.tree.flatten(store)
-        self.handle = StoreHandle(leaves[0])
+        _STORES[self] = store
+        (handle,), structure = jax.tree.flatten(store)
+        self._form = StoreForm(structure)
+        # A copy: a step that donates the module must not take the store's own handle.
+        self.handle = StoreHandle(jnp.array(handle))
         self.activation_policy = activation_policy
         geometry = (store.num_experts, store.intermediate_size, store.hidden_size)
         self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
 
     @property
     def store(self) -> ExpertStore:
-        """The expert store behind the handle."""
-        return jax.tree.unflatten(self._structure, [self.handle[...]])
+        """The store behind the handle, which may be a tracer: a view, no owner."""
+        return self._form.store(self.handle[...])
 
     def __call__(self, x: Array, ids: Array, w: Array) -> Array:
         """Sum of the chosen experts' outputs; pure and differentiable.
@@ -147,8 +152,12 @@ class RoutedExperts(_Adapted):
         )
 
     def close(self) -> None:
-        """Free the store; every later call is an error."""
-        self.store.close()
+        """Free the store; every later call is an error.
+
+        Raises:
+          RuntimeError: this is a copy; close the module that was built.
+        """
+        _STORES.get(self, self.store).close()
 
 
 class ReferenceExperts(_Adapted):

@@ -31,7 +31,7 @@ class Routing:
 
 
 def load_balancing_loss(routings: Sequence[Routing]) -> Array:
-    """E · Σₑ load[e] · probability[e], both averaged over the layers (arXiv:2101.03961).
+    """E · Σₑ load[e] · probability[e], averaged over the layers (arXiv:2101.03961).
 
     It is k when the load is even. The same value as transformers'
     `load_balancing_loss_func` on the layers' router logits.

@@ -1,0 +1,168 @@
+"""Models from Hugging Face directories; experts go from the file to their store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ktjax.config import LoRAConfig
+from ktjax.io import Checkpoint, load_experts
+from ktjax.models.config import ModelConfig
+from ktjax.models.decoder import Decoder, DecoderLayer
+from ktjax.nn import GatedMLP, MoELayer, ReferenceExperts, RoutedExperts
+from ktjax.store import ExpertStore
+
+EXPERTS = ("bf16", "reference")
+
+
+class _Unloaded(nnx.Module):
+    """Stands for experts while the dense part of a model is only shapes."""
+
+    def __call__(self, x: Any, ids: Any, w: Any) -> Any:
+        raise RuntimeError("the experts of this layer are not loaded")
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    experts: str = "bf16",
+    dtype: Any = jnp.bfloat16,
+    lora: LoRAConfig | None = None,
+    activation_policy: Literal["save", "recompute"] = "save",
+    rngs: nnx.Rngs | None = None,
+) -> Decoder:
+    """Load a language model from a Hugging Face directory.
+
+    Experts are read one layer at a time, so beside the model itself at most one layer's
+    experts are in memory twice.
+
+    Args:
+      path: a directory with config.json and (sharded) safetensors.
+      experts: "bf16": the kernels, weights in BF16 in host memory. "reference": pure
+        JAX in float32, slow; the oracle.
+      dtype: dtype of everything outside the experts, bfloat16 or float32.
+      lora: adapters on every layer's experts, or None.
+      activation_policy: "save" or "recompute", as in `ktjax.moe`.
+      rngs: source of the adapters' initial values; `nnx.Rngs(0)` by default.
+
+    Returns:
+      The model: `model(input_ids) -> logits [batch, sequence, vocab]`. The model
+      owns its expert stores: they live as long as it, or until `model.close()`. Copies
+      that nnx makes of it (`merge`, `clone`) do not.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ConfigError: the model is of a kind that is not built.
+      CheckpointError: a file is damaged.
+      KeyError: a tensor is missing.
+      ValueError: a tensor has another shape than config.json says, or a bad argument.
+    """
+    if experts not in EXPERTS:
+        raise ValueError(
+            f"from_pretrained: experts must be one of {', '.join(EXPERTS)}, "
+            f"got {experts!r}"
+        )
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"from_pretrained: dtype must be bfloat16 or float32, got {dtype}"
+        )
+    config = ModelConfig.from_pretrained(path)
+    checkpoint = Checkpoint(path)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    model: Decoder = nnx.eval_shape(
+        lambda: Decoder(config, lambda _: _Unloaded(), dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    for name, variable, transpose in _dense_tensors(model):
+        _assign(checkpoint, name, variable, transpose)
+    kwargs: dict[str, Any] = {"rngs": rngs}
+    if lora is not None:
+        kwargs |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
+    try:
+        for index, layer in model.moe_layers():
+            weights = load_experts(checkpoint, index, config.num_experts)
+            _check_experts(path, index, config, weights[0].shape)
+            if experts == "reference":
+                layer.experts = ReferenceExperts(*weights, **kwargs)
+                continue
+            layer.experts = RoutedExperts(
+                ExpertStore.from_arrays(*weights, format=experts),
+                activation_policy=activation_policy,
+                **kwargs,
+            )
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
+    """Hugging Face's name of each dense parameter, and whether it is transposed.
+
+    Linear layers are `[out, in]` there and `[in, out]` in flax.
+    """
+    yield "model.embed_tokens.weight", model.embed.embedding, False
+    yield "model.norm.weight", model.norm.scale, False
+    if model.head is not None:
+        yield "lm_head.weight", model.head.kernel, True
+    for index, layer in enumerate(model.layers):
+        yield from _layer_tensors(f"model.layers.{index}", layer)
+
+
+def _layer_tensors(at: str, layer: DecoderLayer) -> Iterator[tuple[str, Any, bool]]:
+    attention, mlp = layer.attention, layer.mlp
+    yield f"{at}.input_layernorm.weight", layer.input_norm.scale, False
+    norm = layer.post_attention_norm
+    yield f"{at}.post_attention_layernorm.weight", norm.scale, False
+    yield f"{at}.self_attn.q_norm.weight", attention.q_norm.scale, False
+    yield f"{at}.self_attn.k_norm.weight", attention.k_norm.scale, False
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        part = getattr(attention, name)
+        yield f"{at}.self_attn.{name}.weight", part.kernel, True
+        if part.bias is not None:
+            yield f"{at}.self_attn.{name}.bias", part.bias, False
+    if isinstance(mlp, MoELayer):
+        yield f"{at}.mlp.gate.weight", mlp.router.gate.kernel, True
+    elif isinstance(mlp, GatedMLP):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield f"{at}.mlp.{name}.weight", getattr(mlp, name).kernel, True
+
+
+def _assign(
+    checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
+) -> None:
+    tensor = checkpoint[name]
+    expected = variable.shape[::-1] if transpose else variable.shape
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, config.json "
+            f"asks for {list(expected)}"
+        )
+    if tensor.dtype.name not in ("bfloat16", "float32"):
+        raise ValueError(
+            f"{checkpoint.path}: {name} has dtype {tensor.dtype}, expected bfloat16 or "
+            "float32"
+        )
+    value = tensor.T if transpose else tensor
+    # The copy matters: an array that aliases the file would fault in its pages later,
+    # and change if the file did.
+    variable.set_value(jnp.array(np.array(value), dtype=variable.dtype))
+
+
+def _check_experts(
+    path: str | os.PathLike[str],
+    index: int,
+    config: ModelConfig,
+    shape: tuple[int, ...],
+) -> None:
+    expected = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
+    if shape != expected:
+        raise ValueError(
+            f"{path}: the experts' gate of layer {index} is {list(shape)}, config.json "
+            f"asks for {list(expected)}"
+        )

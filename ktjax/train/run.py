@@ -77,6 +77,11 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
     if after:
         console.print(match_table(before, after))
         console.print(sample_table(before, after))
+    console.print(
+        f'try it: ktjax generate --run {output_dir} "your prompt"',
+        highlight=False,
+        soft_wrap=True,
+    )
     return TrainResult(output_dir, result, before, after)
 
 

@@ -84,7 +84,10 @@ def test_sharded_checkpoint(theirs, ours, ids, tmp_path):
 def test_kernel_experts_are_within_their_tolerance(theirs, path, ids):
     with_kernels = load(path, experts="bf16")
     got = run(with_kernels, ids)
+    assert with_kernels.moe_layers()
     with_kernels.close()
+    with pytest.raises((RuntimeError, ValueError), match="is closed"):
+        run(with_kernels, ids)
     # Each layer's experts are within 0.006 (relative L2); errors of layers add up at
     # most, and the final norm keeps relative errors.
     tolerance = 0.006 * SIZES["num_hidden_layers"]

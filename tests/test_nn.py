@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from flax import linen, nnx
 from flax.nnx import bridge
 
 import ktjax
+from ktjax.experts import KTMoEWrapper
 from ktjax.nn import (
     MoELayer,
     ReferenceExperts,
@@ -271,6 +275,67 @@ def test_linen_bridge(store, x):
     leaves = jax.tree.leaves(grad(lora))
     assert len(leaves) == 6
     assert all(np.any(np.asarray(leaf)) for leaf in leaves)
+
+
+def test_the_layer_takes_a_wrapper(weights, store, x):
+    pool = ktjax.backend.get_pool().config
+    wrapper = KTMoEWrapper(
+        layer_idx=0,
+        num_experts=EXPERTS,
+        num_experts_per_tok=K,
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INTERMEDIATE,
+        num_gpu_experts=0,
+        cpuinfer_threads=pool.threads_per_subpool * pool.subpool_count,
+        threadpool_count=pool.subpool_count,
+        weight_path="",
+        chunked_prefill_size=64,
+        method="AMXBF16_SFT",
+        mode="sft",
+        lora_rank=RANK,
+        lora_alpha=8.0,
+    )
+    wrapper.load_weights_from_arrays(*weights)
+    experts = randomize_b(make_experts(store))
+    wrapper.init_lora_weights(*experts.lora.arrays())
+    grads = []
+    for layer in (make_layer(wrapper), make_layer(experts)):
+        both = nnx.DiffState(0, nnx.LoRAParam)
+        value, grad = nnx.jit(nnx.value_and_grad(loss_of, argnums=both))(layer, x)
+        grads.append((value, *jax.tree.leaves(grad)))
+    # The same kernels on the same values; XLA may fuse around them differently.
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    wrapper.close()
+
+
+def test_the_store_lives_as_long_as_the_module(weights, x):
+    store = ktjax.ExpertStore.from_arrays(*weights)
+    alive = weakref.ref(store)
+    experts = RoutedExperts(store)
+    copy = nnx.clone(experts)
+    del store
+    ids, w = jnp.zeros((3, 5, K), jnp.int32), jnp.ones((3, 5, K))
+    call = nnx.jit(lambda experts, *args: experts(*args))
+    np.testing.assert_array_equal(call(copy, x, ids, w), call(experts, x, ids, w))
+    with pytest.raises(RuntimeError, match="this is a view"):
+        copy.close()
+    gc.collect()
+    assert alive() is not None
+    # jit's caches must not hold the weights, nor may a copy see memory that is gone.
+    del experts
+    gc.collect()
+    assert alive() is None
+    with pytest.raises((RuntimeError, ValueError), match="is closed"):
+        jax.block_until_ready(call(copy, x, ids, w))
+
+
+def test_close(weights, x):
+    experts = RoutedExperts(ktjax.ExpertStore.from_arrays(*weights))
+    experts.close()
+    ids, w = jnp.zeros((3, 5, K), jnp.int32), jnp.ones((3, 5, K))
+    with pytest.raises((RuntimeError, ValueError), match="is closed"):
+        jax.block_until_ready(experts(x, ids, w))
 
 
 def test_bfloat16_tokens_stay_bfloat16(store, x):

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktjax.io import Checkpoint, CheckpointError, load_experts, save_file
-from ktjax.io.safetensors import DTYPES, SafetensorsFile
+from ktjax.io.header import DTYPES
+from ktjax.io.safetensors import SafetensorsFile
 
 
 def write(path, header, data=b""):

@@ -1,0 +1,37 @@
+// Kernels for AMX with bfloat16 tiles (Sapphire Rapids and later).
+#include "gemm/amx_impl.h"
+#include "gemm/epilogue_impl.h"
+#include "gemm/isa.h"
+#include "gemm/kernel.h"
+#include "gemm/pack_avx512.h"
+#include "tile/amx_real.h"
+#ifdef KTJAX_COUNT_TILES
+#include "tile/tile_counts.h"
+#endif
+
+namespace ktjax {
+
+#ifdef KTJAX_COUNT_TILES
+TileCounts amx_bf16_counts;
+using AmxBf16Gemm = AmxGemm<CountingTiles<RealTiles, amx_bf16_counts>>;
+#else
+using AmxBf16Gemm = AmxGemm<RealTiles>;
+#endif
+
+const Kernels kAmxBf16Kernels = {
+    .name = "amx",
+    .max_rows = kAmxMaxRows,
+    .row_step = kAmxRowStep,
+    .gemm = AmxBf16Gemm::Gemm,
+    .transpose = Avx512Transpose,
+    .pack_outputs_f32 = Avx512PackOutputs<float>,
+    .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
+    .pack_depths_f32 = Avx512PackDepths<float>,
+    .pack_depths_bf16 = Avx512PackDepths<bf16>,
+    .to_bf16 = Avx512ToBf16,
+    .enter = AmxBf16Gemm::Enter,
+    .leave = AmxBf16Gemm::Leave,
+    .epilogues = &kEpilogues,
+};
+
+}  // namespace ktjax

@@ -1,0 +1,37 @@
+// The AMX kernels on emulated tiles: the same code path, on any CPU. For tests.
+#include "gemm/amx_impl.h"
+#include "gemm/epilogue_impl.h"
+#include "gemm/isa.h"
+#include "gemm/kernel.h"
+#include "gemm/pack_generic.h"
+#include "tile/amx_emulated.h"
+#ifdef KTJAX_COUNT_TILES
+#include "tile/tile_counts.h"
+#endif
+
+namespace ktjax {
+
+#ifdef KTJAX_COUNT_TILES
+TileCounts amx_emulated_counts;
+using AmxEmulatedGemm = AmxGemm<CountingTiles<EmulatedTiles, amx_emulated_counts>>;
+#else
+using AmxEmulatedGemm = AmxGemm<EmulatedTiles>;
+#endif
+
+const Kernels kAmxEmulatedKernels = {
+    .name = "amx_emulated",
+    .max_rows = kAmxMaxRows,
+    .row_step = kAmxRowStep,
+    .gemm = AmxEmulatedGemm::Gemm,
+    .transpose = GenericTranspose,
+    .pack_outputs_f32 = GenericPackOutputs<float>,
+    .pack_outputs_bf16 = GenericPackOutputs<bf16>,
+    .pack_depths_f32 = GenericPackDepths<float>,
+    .pack_depths_bf16 = GenericPackDepths<bf16>,
+    .to_bf16 = GenericToBf16,
+    .enter = AmxEmulatedGemm::Enter,
+    .leave = AmxEmulatedGemm::Leave,
+    .epilogues = &kEpilogues,
+};
+
+}  // namespace ktjax

@@ -1,0 +1,278 @@
+// The product with AMX tiles, over any implementation of the tile instructions.
+//
+// Rows go in groups of 32, which multiply two strips at a time: 2 x 2 tiles of c, four
+// loads for four products. What is left is a group of its own: 17 to 31 rows in the same
+// way, with fewer rows in the second tile; up to 16 rows as 1 x 4 tiles, five loads for
+// four products. So no tile holds rows that are not there: none is read or written, and
+// no time goes into them.
+//
+// Tile numbers: c is 0..3 (2 x 2: 2 * row tile + strip; 1 x 4: strip), a is 4 and 5, b is
+// 6 and 7.
+//
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_AMX_IMPL_H_
+#define KTJAX_FFI_GEMM_AMX_IMPL_H_
+
+#include <xmmintrin.h>
+
+#include "base/types.h"
+#include "gemm/kernel.h"
+#include "gemm/prefetch.h"
+#include "tile/tile_config.h"
+
+namespace ktjax {
+namespace {
+
+// Two groups of 32 rows share the panel's blocks in L1; c takes 16 KiB.
+constexpr int kAmxMaxRows = 64;
+constexpr int kAmxRowStep = 2 * kTileMaxRows;
+
+// Groups of 32 rows go through the depth in blocks of about 8 steps of 32: 16 KiB of rows
+// that the second pair of strips finds in L1, where straight through all depths every
+// tile would come from L2, at 64 bytes a cycle of TDPBF16PS: more than L2 delivers.
+constexpr int kBlockSteps = 8;
+
+constexpr int kPairsPerStep = kDepth / 2;
+constexpr int kPrefetchLines = 4;  // Prefetch::lines_per_pair is at most this
+constexpr ptrdiff_t kRowBytes = sizeof(float) * kPanel;
+
+// The rows that the tiles are configured for, first row tile * 32 + second; 0: none.
+thread_local int configured_rows = 0;
+
+// A place in the sum over all terms: a term and a step of 32 depths in it.
+struct SumPosition {
+  const Term* term;
+  int step;
+};
+
+inline int StepsOf(const Term& term) { return static_cast<int>(CeilDiv(term.depth, kDepth)); }
+
+template <typename Tiles>
+class AmxGemm {
+ public:
+  static void Enter() { Configure(kTileMaxRows, kTileMaxRows); }
+  static void Leave() {
+    configured_rows = 0;
+    Tiles::Release();
+  }
+
+  static void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
+                   bool accumulate, Prefetch* prefetch) {
+    int steps = 0;
+    for (int i = 0; i < n_terms; ++i) steps += StepsOf(terms[i]);
+    const int whole = rows / kAmxRowStep * kAmxRowStep;
+    const int rest = rows - whole;
+    if (whole) {
+      Configure(kTileMaxRows, kTileMaxRows);
+      InBlocks(terms, steps, 0, whole, strips, c, accumulate, prefetch);
+    }
+    if (rest > kTileMaxRows) {
+      Configure(kTileMaxRows, rest - kTileMaxRows);
+      InBlocks(terms, steps, whole, rows, strips, c, accumulate, prefetch);
+    } else if (rest) {
+      Configure(rest, rest);
+      Group<1>({terms, 0}, steps, whole, strips, c, accumulate, prefetch);
+    }
+  }
+
+ private:
+  static void Configure(int first_rows, int second_rows) {
+    const int key = 32 * first_rows + second_rows;
+    if (configured_rows == key) return;
+    TileConfig config;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      config.row_bytes[tile] = kTileRowBytes;
+      const bool second = tile == 2 || tile == 3 || tile == 5;
+      const int rows = second ? second_rows : first_rows;
+      config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kPairsPerStep);
+    }
+    Tiles::Configure(config);
+    configured_rows = key;
+  }
+
+  // Groups of 32 rows (the last one of 17 to 32) through all steps, in blocks.
+  static void InBlocks(const Term* terms, int steps, int row, int end, int strips,
+                       float* c, bool accumulate, Prefetch* prefetch) {
+    SumPosition from{terms, 0};
+    while (steps > 0) {
+      const int count = steps < 3 * kBlockSteps / 2 ? steps : kBlockSteps;
+      for (int group = row; group < end; group += kAmxRowStep) {
+        Group<2>(from, count, group, strips, c, accumulate, prefetch);
+      }
+      accumulate = true;
+      steps -= count;
+      from.step += count;
+      while (steps > 0 && from.step >= StepsOf(*from.term)) {
+        from.step -= StepsOf(*from.term);
+        ++from.term;
+      }
+    }
+  }
+
+  // One group of rows through `steps` steps, two or four strips at a time.
+  template <int kRowTiles>
+  static void Group(SumPosition from, int steps, int row, int strips, float* c,
+                    bool accumulate, Prefetch* prefetch) {
+    constexpr int kWidth = kRowTiles == 2 ? 2 : 4;
+    c += row * kPanel;
+    for (int first = 0; first < strips; first += kWidth) {
+      const int width = strips - first < kWidth ? strips - first : kWidth;
+      float* part = c + first * kStrip;
+      Open<kRowTiles, 0>(part, width, accumulate);
+      Open<kRowTiles, 1>(part, width, accumulate);
+      Open<kRowTiles, 2>(part, width, accumulate);
+      Open<kRowTiles, 3>(part, width, accumulate);
+      SumPosition at = from;
+      for (int left = steps; left > 0; ++at.term, at.step = 0) {
+        const int available = StepsOf(*at.term) - at.step;
+        const int count = available < left ? available : left;
+        AddTerm<kRowTiles>(at, count, row, first, width, strips, prefetch);
+        left -= count;
+      }
+      Close<kRowTiles, 0>(part, width);
+      Close<kRowTiles, 1>(part, width);
+      Close<kRowTiles, 2>(part, width);
+      Close<kRowTiles, 3>(part, width);
+    }
+  }
+
+  // Where tile kTile of c lies, and whether the strips at hand reach it.
+  template <int kRowTiles, int kTile>
+  static constexpr int kStripOf = kRowTiles == 2 ? kTile % 2 : kTile;
+  template <int kRowTiles, int kTile>
+  static float* Place(float* c) {
+    constexpr int kRow = kRowTiles == 2 ? kTile / 2 * kTileMaxRows : 0;
+    return c + kRow * kPanel + kStripOf<kRowTiles, kTile> * kStrip;
+  }
+
+  template <int kRowTiles, int kTile>
+  static void Open(float* c, int width, bool accumulate) {
+    if (kStripOf<kRowTiles, kTile> >= width) return;
+    if (accumulate) {
+      Tiles::template Load<kTile>(Place<kRowTiles, kTile>(c), kRowBytes);
+    } else {
+      Tiles::template Zero<kTile>();
+    }
+  }
+  template <int kRowTiles, int kTile>
+  static void Close(float* c, int width) {
+    if (kStripOf<kRowTiles, kTile> >= width) return;
+    Tiles::template Store<kTile>(Place<kRowTiles, kTile>(c), kRowBytes);
+  }
+
+  struct Operands {
+    const char* a;
+    ptrdiff_t a_stride;  // bytes
+    const char* b;
+    ptrdiff_t b_stride;  // bytes
+  };
+
+  // `count` steps of one term, for those of the strips [first, first + width) of c that
+  // it feeds.
+  template <int kRowTiles>
+  static void AddTerm(SumPosition at, int count, int row, int first, int width,
+                      int strips, Prefetch* prefetch) {
+    const Term& term = *at.term;
+    int mask = 0, fed_before = 0;
+    for (int strip = term.first_strip; strip < first + width; strip += term.strip_step) {
+      if (strip < first) {
+        ++fed_before;
+      } else {
+        mask |= 1 << (strip - first);
+      }
+    }
+    const ptrdiff_t pair = 2 * kStrip * TermWidth(term, strips);
+    const bf16* a = term.a + row * term.a_stride + at.step * kDepth;
+    const bf16* b =
+        term.b + at.step * kPairsPerStep * pair + 2 * kStrip * fed_before;
+    const Operands operands = {reinterpret_cast<const char*>(a),
+                               static_cast<ptrdiff_t>(sizeof(bf16)) * term.a_stride,
+                               reinterpret_cast<const char*>(b),
+                               static_cast<ptrdiff_t>(sizeof(bf16)) * pair};
+    using Add = void (*)(Operands, int, Prefetch*);
+    if constexpr (kRowTiles == 2) {
+      static constexpr Add kAdd[] = {Skip, AddMask<2, 1>, AddMask<2, 2>, AddMask<2, 3>};
+      kAdd[mask](operands, count, prefetch);
+    } else {
+      static constexpr Add kAdd[] = {
+          Skip,           AddMask<1, 1>,  AddMask<1, 2>,  AddMask<1, 3>,
+          AddMask<1, 4>,  AddMask<1, 5>,  AddMask<1, 6>,  AddMask<1, 7>,
+          AddMask<1, 8>,  AddMask<1, 9>,  AddMask<1, 10>, AddMask<1, 11>,
+          AddMask<1, 12>, AddMask<1, 13>, AddMask<1, 14>, AddMask<1, 15>,
+      };
+      kAdd[mask](operands, count, prefetch);
+    }
+  }
+
+  static void Skip(Operands, int, Prefetch*) {}
+
+  template <int kRowTiles, int kMask>
+  static void AddMask(Operands operands, int count, Prefetch* prefetch) {
+    // Terms that skip strips are short (LoRA): prefetching is left to the others.
+    constexpr bool kDense = (kMask & (kMask + 1)) == 0;
+    if constexpr (kDense) {
+      while (count > 0) {
+        const PrefetchRun run = NextRun(prefetch, count, kPairsPerStep);
+        switch (run.lines_per_step / kPairsPerStep) {
+          case 0: AddSteps<kRowTiles, kMask, 0>(operands, run); break;
+          case 1: AddSteps<kRowTiles, kMask, 1>(operands, run); break;
+          case 2: AddSteps<kRowTiles, kMask, 2>(operands, run); break;
+          case 3: AddSteps<kRowTiles, kMask, 3>(operands, run); break;
+          default: AddSteps<kRowTiles, kMask, kPrefetchLines>(operands, run);
+        }
+        operands.a += static_cast<ptrdiff_t>(kTileRowBytes) * run.steps;
+        operands.b += kPairsPerStep * operands.b_stride * run.steps;
+        count -= run.steps;
+      }
+    } else {
+      AddSteps<kRowTiles, kMask, 0>(operands, {.steps = count});
+    }
+  }
+
+  // The inner loop: kLines prefetches per depth pair, spread over the products.
+  template <int kRowTiles, int kMask, int kLines>
+  [[gnu::noinline]] static void AddSteps(Operands operands, PrefetchRun run) {
+    const char* a = operands.a;
+    const char* second_a = a + kTileMaxRows * operands.a_stride;
+    const char* b = operands.b;
+    const ptrdiff_t b_step = kPairsPerStep * operands.b_stride;
+    for (const char* end = a + static_cast<ptrdiff_t>(kTileRowBytes) * run.steps;
+         a != end; a += kTileRowBytes) {
+      Tiles::template Load<4>(a, operands.a_stride);
+      if constexpr (kRowTiles == 2) Tiles::template Load<5>(second_a, operands.a_stride);
+      AddStrip<kRowTiles, kMask, 0, kLines>(b, operands.b_stride, run.line);
+      AddStrip<kRowTiles, kMask, 1, kLines>(b, operands.b_stride, run.line);
+      if constexpr (kRowTiles == 1) {
+        AddStrip<kRowTiles, kMask, 2, kLines>(b, operands.b_stride, run.line);
+        AddStrip<kRowTiles, kMask, 3, kLines>(b, operands.b_stride, run.line);
+      }
+      second_a += kTileRowBytes;
+      b += b_step;
+      run.line += kCacheLine * kPairsPerStep * kLines;
+    }
+  }
+
+  template <int kRowTiles, int kMask, int kStripOfC, int kLines>
+  [[gnu::always_inline]] static void AddStrip(const char* b, ptrdiff_t b_stride,
+                                              const char* line) {
+    if constexpr (kMask >> kStripOfC & 1) {
+      constexpr int kFed = __builtin_popcount(kMask);
+      constexpr int kIndex = __builtin_popcount(kMask & ((1 << kStripOfC) - 1));
+      constexpr int kB = 6 + kIndex % 2;
+      Tiles::template Load<kB, kTileRowBytes * kIndex>(b, b_stride);
+      Tiles::template Dot<kStripOfC, 4, kB>();
+      if constexpr (kRowTiles == 2) Tiles::template Dot<2 + kStripOfC, 5, kB>();
+      constexpr int kLinesPerStep = kPairsPerStep * kLines;
+#pragma GCC unroll 64
+      for (int i = kLinesPerStep * kIndex / kFed; i < kLinesPerStep * (kIndex + 1) / kFed;
+           ++i) {
+        _mm_prefetch(line + kCacheLine * i, _MM_HINT_T1);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_AMX_IMPL_H_

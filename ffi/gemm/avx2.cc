@@ -1,0 +1,26 @@
+// Kernels for AVX2 with FMA: Haswell and Zen, and later CPUs without AVX-512.
+#include "gemm/epilogue_impl.h"
+#include "gemm/fma_gemm.h"
+#include "gemm/isa.h"
+#include "gemm/kernel.h"
+#include "gemm/pack_generic.h"
+
+namespace ktjax {
+
+const Kernels kAvx2Kernels = {
+    .name = "avx2",
+    .max_rows = 4 * kTileRows,
+    .row_step = 1,
+    .gemm = FmaGemm,
+    .transpose = GenericTranspose,
+    .pack_outputs_f32 = GenericPackOutputs<float>,
+    .pack_outputs_bf16 = GenericPackOutputs<bf16>,
+    .pack_depths_f32 = GenericPackDepths<float>,
+    .pack_depths_bf16 = GenericPackDepths<bf16>,
+    .to_bf16 = GenericToBf16,
+    .enter = NoTileState,
+    .leave = NoTileState,
+    .epilogues = &kEpilogues,
+};
+
+}  // namespace ktjax

@@ -1,0 +1,27 @@
+// Kernels for AVX-512 (F, BW, DQ, VL) without bfloat16 instructions: Skylake to Ice Lake.
+#include "gemm/epilogue_impl.h"
+#include "gemm/fma_gemm.h"
+#include "gemm/isa.h"
+#include "gemm/kernel.h"
+#include "gemm/pack_avx512.h"
+#include "gemm/pack_generic.h"
+
+namespace ktjax {
+
+const Kernels kAvx512Kernels = {
+    .name = "avx512",
+    .max_rows = 2 * kTileRows,
+    .row_step = 1,
+    .gemm = FmaGemm,
+    .transpose = Avx512Transpose,
+    .pack_outputs_f32 = Avx512PackOutputs<float>,
+    .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
+    .pack_depths_f32 = Avx512PackDepths<float>,
+    .pack_depths_bf16 = Avx512PackDepths<bf16>,
+    .to_bf16 = Avx512ToBf16,
+    .enter = NoTileState,
+    .leave = NoTileState,
+    .epilogues = &kEpilogues,
+};
+
+}  // namespace ktjax

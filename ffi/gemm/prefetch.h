@@ -1,0 +1,50 @@
+// The schedule of a Prefetch, for all kernels.
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_PREFETCH_H_
+#define KTJAX_FFI_GEMM_PREFETCH_H_
+
+#include "base/types.h"
+#include "gemm/kernel.h"
+
+namespace ktjax {
+namespace {
+
+constexpr int kCacheLine = 64;
+
+// What to fetch during `steps` steps of a product: the lines from `line` on,
+// `lines_per_step` a step. No lines when there is nothing (left) to fetch.
+struct PrefetchRun {
+  const char* line = nullptr;
+  int lines_per_step = 0;
+  int steps;
+};
+
+// The run for at most `steps` steps of `pairs` depth pairs each. It ends where a chunk
+// ends, so callers ask again until their steps are done.
+inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs) {
+  if (!prefetch || prefetch->position >= prefetch->total_bytes) {
+    return {.steps = steps};
+  }
+  const int lines = pairs * prefetch->lines_per_pair;
+  const int64_t chunk = prefetch->position / prefetch->chunk_bytes;
+  const int64_t offset = prefetch->position % prefetch->chunk_bytes;
+  const int64_t left = prefetch->chunk_bytes - offset;
+  const int64_t step_bytes = int64_t{kCacheLine} * lines;
+  // The last step of a chunk may name a few lines after it: a prefetch cannot fault.
+  const int64_t left_steps = CeilDiv(left, step_bytes);
+  if (left_steps < steps) steps = static_cast<int>(left_steps);
+  const int64_t bytes = steps * step_bytes;
+  prefetch->position += bytes < left ? bytes : left;
+  return {prefetch->base + chunk * prefetch->stride + offset, lines, steps};
+}
+
+// The strips of c that a term feeds are its panel's strips 0 .. TermWidth - 1.
+inline int TermWidth(const Term& term, int strips) {
+  const int fed = strips - term.first_strip + term.strip_step - 1;
+  return fed < 0 ? 0 : fed / term.strip_step;
+}
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_PREFETCH_H_

@@ -1,0 +1,201 @@
+// The tests of packing, transposing and rounding that every instruction set passes. All
+// compare bits: these routines have one right result.
+#ifndef KTJAX_FFI_TESTING_PACK_SUITE_H_
+#define KTJAX_FFI_TESTING_PACK_SUITE_H_
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "base/bf16.h"
+#include "gemm/kernel.h"
+#include "testing/check.h"
+
+namespace ktjax {
+
+class PackSuite {
+ public:
+  PackSuite(const Kernels& kernels, bool small) : kernels_(kernels), small_(small) {}
+
+  void Run() {
+    TestTranspose();
+    TestPackOutputs<float>();
+    TestPackOutputs<bf16>();
+    TestPackDepths<float>();
+    TestPackDepths<bf16>();
+    TestToBf16();
+  }
+
+ private:
+  template <typename T>
+  static T Make(Random& random) {
+    if constexpr (std::is_same_v<T, float>) {
+      return random.Value();
+    } else {
+      return RoundToBf16(random.Value());
+    }
+  }
+  static bf16 Rounded(float value) { return RoundToBf16(value); }
+  static bf16 Rounded(bf16 value) { return value; }
+
+  std::vector<int> Depths() const {
+    return small_ ? std::vector<int>{1, 16, 47} : std::vector<int>{1, 2, 15, 16, 31, 32, 33, 47, 64, 100};
+  }
+  std::vector<int> Outputs(int strips) const {
+    std::vector<int> outputs = {0, 1, 15, kStrip * strips - 1, kStrip * strips};
+    std::erase_if(outputs, [&](int n) { return n > kStrip * strips; });
+    return outputs;
+  }
+
+  void CheckPanel(const char* what, const Guarded<bf16>& got,
+                  const std::vector<bf16>& expected) {
+    const bool same =
+        std::memcmp(got.data(), expected.data(), sizeof(bf16) * expected.size()) == 0;
+    KTJAX_CHECK(same, "%s: %s", kernels_.name, what);
+  }
+
+  // Source rows of `length` values, the last of which ends at a guard, in natural order
+  // or by an index that reverses them.
+  template <typename T>
+  struct Source {
+    Source(int rows, int length, bool indexed, Random& random)
+        : stride(length + 3),
+          values(rows && length ? static_cast<size_t>(rows - 1) * stride + length : 0),
+          index(std::max(rows, 1)) {
+      for (size_t i = 0; i < values.size(); ++i) values[i] = Make<T>(random);
+      for (int i = 0; i < rows; ++i) index[i] = rows - 1 - i;
+      this->rows = {values.data(), stride, indexed ? index.data() : nullptr};
+    }
+    ptrdiff_t stride;
+    Guarded<T> values;
+    std::vector<int32_t> index;
+    Rows<T> rows;
+  };
+
+  // `at(n, d)` gives a value; strips [1, 1 + strips) of a panel that is two wider. The
+  // other strips must stay as they are.
+  template <typename At, typename Pack>
+  void TestPack(int outputs, int depth, int strips, At at, Pack pack, const char* what) {
+    const int padded = static_cast<int>(RoundUp(depth, kDepth));
+    const ptrdiff_t stride = 2 * kStrip * (strips + 2);
+    Guarded<bf16> panel(padded / 2 * stride);
+    std::vector<bf16> expected(panel.size(), 0xffff);
+    for (int d = 0; d < padded; ++d) {
+      for (int n = 0; n < kStrip * strips; ++n) {
+        expected[d / 2 * stride + 2 * kStrip + 2 * n + d % 2] =
+            n < outputs && d < depth ? at(n, d) : 0;
+      }
+    }
+    pack(panel.data() + 2 * kStrip, stride);
+    CheckPanel(what, panel, expected);
+  }
+
+  template <typename Test>
+  void ForShapes(Test test) {
+    for (int strips = 1; strips <= kPanelStrips; ++strips) {
+      for (const int outputs : Outputs(strips)) {
+        for (const int depth : Depths()) {
+          test(outputs, depth, strips, false);
+          test(outputs, depth, strips, true);
+        }
+      }
+    }
+  }
+
+  template <typename T>
+  void TestPackOutputs() {
+    Random random(1);
+    ForShapes([&](int outputs, int depth, int strips, bool indexed) {
+      const Source<T> source(outputs, depth, indexed, random);
+      TestPack(
+          outputs, depth, strips,
+          [&](int n, int d) { return Rounded(source.rows.row(n)[d]); },
+          [&](bf16* dst, ptrdiff_t stride) {
+            if constexpr (std::is_same_v<T, float>) {
+              kernels_.pack_outputs_f32(source.rows, outputs, depth, strips, dst, stride);
+            } else {
+              kernels_.pack_outputs_bf16(source.rows, outputs, depth, strips, dst, stride);
+            }
+          },
+          "pack_outputs");
+    });
+  }
+
+  template <typename T>
+  void TestPackDepths() {
+    Random random(2);
+    ForShapes([&](int outputs, int depth, int strips, bool indexed) {
+      const Source<T> source(depth, outputs, indexed, random);
+      TestPack(
+          outputs, depth, strips,
+          [&](int n, int d) { return Rounded(source.rows.row(d)[n]); },
+          [&](bf16* dst, ptrdiff_t stride) {
+            if constexpr (std::is_same_v<T, float>) {
+              kernels_.pack_depths_f32(source.rows, depth, outputs, strips, dst, stride);
+            } else {
+              kernels_.pack_depths_bf16(source.rows, depth, outputs, strips, dst, stride);
+            }
+          },
+          "pack_depths");
+    });
+  }
+
+  void TestTranspose() {
+    Random random(3);
+    for (int blocks = 1; blocks <= 4; ++blocks) {
+      for (int strips = 1; strips <= kPanelStrips; ++strips) {
+        const ptrdiff_t src_stride = 2 * kStrip * strips;
+        const ptrdiff_t dst_stride = 64 * blocks + 32;
+        const int pairs = kStrip * blocks;
+        Guarded<bf16> src((pairs - 1) * src_stride + 2 * kStrip);
+        Guarded<bf16> dst((kStrip / 2 - 1) * dst_stride + 64 * blocks);
+        for (size_t i = 0; i < src.size(); ++i) src[i] = Make<bf16>(random);
+        std::vector<bf16> expected(dst.size(), 0xffff);
+        for (int depth = 0; depth < 2 * pairs; ++depth) {
+          for (int n = 0; n < kStrip; ++n) {
+            expected[n / 2 * dst_stride + 2 * depth + n % 2] =
+                src[depth / 2 * src_stride + 2 * n + depth % 2];
+          }
+        }
+        kernels_.transpose(src.data(), src_stride, blocks, dst.data(), dst_stride);
+        CheckPanel("transpose", dst, expected);
+      }
+    }
+  }
+
+  // Every exponent, sign and upper mantissa, with lower halves on both sides of a tie:
+  // infinities, NaNs, denormals and overflow to infinity are among them.
+  void TestToBf16() {
+    for (const uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      const uint32_t step = small_ ? 61 : 1;
+      std::vector<float> values;
+      std::vector<bf16> expected;
+      for (uint32_t high = 0; high < 0x10000u; high += step) {
+        float value;
+        const uint32_t bits = high << 16 | low;
+        std::memcpy(&value, &bits, sizeof value);
+        values.push_back(value);
+        expected.push_back(RoundToBf16(value));
+      }
+      Guarded<bf16> got(values.size());
+      kernels_.to_bf16(values.data(), got.data(), static_cast<int64_t>(values.size()));
+      CheckPanel("to_bf16", got, expected);
+    }
+    Random random(4);
+    for (int count = 0; count <= 40; ++count) {
+      Guarded<float> src(count);
+      Guarded<bf16> dst(count);
+      std::vector<bf16> expected;
+      for (int i = 0; i < count; ++i) expected.push_back(RoundToBf16(src[i] = random.Value()));
+      kernels_.to_bf16(src.data(), dst.data(), count);
+      CheckPanel("to_bf16 of few", dst, expected);
+    }
+  }
+
+  const Kernels& kernels_;
+  const bool small_;
+};
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_TESTING_PACK_SUITE_H_

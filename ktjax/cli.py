@@ -104,10 +104,10 @@ def _add_options(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument(
             flag,
             type=field.kind,
-            choices=field.option.choices,
+            choices=field.choices,
             default=argparse.SUPPRESS,
             help=help,
-            metavar=None if field.option.choices else field.kind.__name__.upper(),
+            metavar=None if field.choices else field.kind.__name__.upper(),
         )
 
 

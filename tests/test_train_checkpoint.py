@@ -92,11 +92,18 @@ def test_a_kill_at_any_call_leaves_the_last_complete_checkpoint(
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     events = []
-    for name in ("fsync", "rename"):
+
+    def spy(name):
         real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, n=name, r=real: (events.append(n), r(*a))[1]
-        )
+
+        def call(*args):
+            events.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("fsync")
+    spy("rename")
     save(tmp_path, 1)
     # t.safetensors, meta.json and their directory; then the parent's entry.
     assert events == ["fsync", "fsync", "fsync", "rename", "fsync"]

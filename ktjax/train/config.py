@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ktjax import assets
 from ktjax.train.options import Option, check_fields
 
-DTYPES = ("float32", "bfloat16")
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,14 @@ class TrainConfig:
     ] = False
     experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
     dtype: Annotated[
-        str,
+        DType,
         Option(
-            "dtype of everything outside the experts; on a CPU float32 is the fast one",
-            choices=DTYPES,
+            "dtype of everything outside the experts; on a CPU float32 is the fast one"
         ),
     ] = "float32"
     activation_policy: Annotated[
-        str,
-        Option(
-            "save the experts' activations, or recompute them in the backward pass",
-            choices=("save", "recompute"),
-        ),
+        Literal["save", "recompute"],
+        Option("save the experts' activations, or recompute them in the backward pass"),
     ] = "save"
     lora_rank: Annotated[
         int, Option("rank of the experts' adapters", least=1, most=256)
@@ -78,11 +74,10 @@ class TrainConfig:
         int, Option("longest row in tokens; a longer chat is an error", least=2)
     ] = 128
     batching: Annotated[
-        str,
+        Literal["pack", "pad"],
         Option(
             "pack: several chats, unseen by each other, share one row; "
-            "pad: one chat a row, rows of like length together",
-            choices=("pack", "pad"),
+            "pad: one chat a row, rows of like length together"
         ),
     ] = "pack"
     bucket: Annotated[
@@ -193,9 +188,9 @@ class GenerateConfig:
     ] = None
     system: Annotated[str | None, Option("the system message")] = None
     experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
-    dtype: Annotated[
-        str, Option("dtype of everything outside the experts", choices=DTYPES)
-    ] = "float32"
+    dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (
+        "float32"
+    )
     max_new_tokens: Annotated[int, Option("most tokens to generate", least=1)] = 64
     temperature: Annotated[
         float, Option("of the sampling; 0 = always the most probable token", least=0)

@@ -19,22 +19,30 @@ class Option:
       least: smallest value allowed.
       most: largest value allowed.
       above: every value must be greater.
-      choices: the values allowed.
     """
 
     help: str
     least: float | None = None
     most: float | None = None
     above: float | None = None
-    choices: tuple[str, ...] | None = None
 
 
 class Field(typing.NamedTuple):
-    """One field of a configuration: `default` is `dataclasses.MISSING` if required."""
+    """One field of a configuration.
+
+    Attributes:
+      name: the field's name.
+      kind: its type; `str` for a `Literal`.
+      optional: whether it may be None.
+      choices: the values of a `Literal`, or None.
+      option: its meaning and limits.
+      default: `dataclasses.MISSING` if required.
+    """
 
     name: str
     kind: type
     optional: bool
+    choices: tuple[str, ...] | None
     option: Option
     default: Any
 
@@ -45,15 +53,22 @@ def fields_of(config: type) -> list[Field]:
     fields = []
     for field in dataclasses.fields(config):
         hint = hints[field.name]
-        # `T | None` has two arguments, `T` none.
-        base, *none = typing.get_args(hint.__origin__) or (hint.__origin__,)
+        kind, optional, choices = _take_apart(hint.__origin__)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         fields.append(
-            Field(field.name, base, bool(none), hint.__metadata__[0], default)
+            Field(field.name, kind, optional, choices, hint.__metadata__[0], default)
         )
     return fields
+
+
+def _take_apart(hint: Any) -> tuple[type, bool, tuple[str, ...] | None]:
+    """(type, optional, choices) of `T`, `T | None`, or `Literal["a", "b"]`."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return str, False, arguments
+    return (arguments[0], True, None) if arguments else (hint, False, None)
 
 
 def check_fields(config: Any) -> None:
@@ -71,7 +86,7 @@ def check_fields(config: Any) -> None:
             continue
         value = _convert(f"{owner}.{field.name}", field.kind, value)
         object.__setattr__(config, field.name, value)
-        _check_limits(f"{owner}.{field.name}", value, field.option)
+        _check_limits(f"{owner}.{field.name}", value, field)
 
 
 def _convert(name: str, kind: type, value: Any) -> Any:
@@ -85,12 +100,13 @@ def _convert(name: str, kind: type, value: Any) -> Any:
     return value
 
 
-def _check_limits(name: str, value: Any, option: Option) -> None:
+def _check_limits(name: str, value: Any, field: Field) -> None:
+    option = field.option
     tests: list[tuple[str, Any, Callable[[Any], bool]]] = [
         ("at least", option.least, lambda limit: value >= limit),
         ("at most", option.most, lambda limit: value <= limit),
         ("above", option.above, lambda limit: value > limit),
-        ("one of", option.choices, lambda limit: value in limit),
+        ("one of", field.choices, lambda limit: value in limit),
     ]
     for words, limit, passes in tests:
         if limit is not None and not passes(limit):

@@ -57,8 +57,9 @@ void ReleasePool() {
   std::shared_ptr<Backend> last;
   std::lock_guard lock(backend_mutex);
   if (const int64_t open = StoreRegistry::Get().size(); open > 0) {
-    throw std::runtime_error(std::to_string(open) +
-                             " expert stores still use the worker pool; close them first");
+    throw std::runtime_error(
+        std::to_string(open) +
+        " expert stores still use the worker pool; close them first");
   }
   last = std::move(backend);
 }
@@ -88,6 +89,7 @@ nb::dict Describe() {
     if (isa != Isa::kAmxEmulated) supported.push_back(IsaName(isa));
   }
   facts["isas_supported"] = supported;
+  facts["numa_nodes"] = ThisTopology().nodes.size();
   return facts;
 }
 
@@ -177,33 +179,35 @@ NB_MODULE(_native, m) {
   m.def("store_dequantize", [](uint32_t epoch, uint32_t index, const OutputArray& gate,
                                const OutputArray& up, const OutputArray& down) {
     nb::gil_scoped_release release;
-    StoreRegistry::Get().Find({epoch, index})->Dequantize(
-        static_cast<float*>(gate.data()), static_cast<float*>(up.data()),
-        static_cast<float*>(down.data()));
+    StoreRegistry::Get()
+        .Find({epoch, index})
+        ->Dequantize(static_cast<float*>(gate.data()), static_cast<float*>(up.data()),
+                     static_cast<float*>(down.data()));
   });
 
-  m.def("register_lora", [](uint32_t epoch, uint32_t index,
-                            const std::vector<Array>& arrays, float scaling,
-                            nb::object owner) {
-    LoRAOperands lora;
-    lora.rank = static_cast<int>(arrays.at(0).shape(1));
-    lora.scaling = scaling;
-    for (int i = 0; i < kLoRAArrays; ++i) lora.arrays[i] = Const(arrays.at(i));
-    auto keep = KeepAlive(std::move(owner));
-    nb::gil_scoped_release release;
-    StoreRegistry::Get().Find({epoch, index})->RegisterLoRA(
-        std::make_shared<RegisteredLoRA>(lora, std::move(keep)));
-  });
-  m.def("submit_forward", [](uint32_t epoch, uint32_t index, const Array& x,
-                             const Array& ids, const Array& w, const OutputArray& y,
-                             nb::object owner) {
-    const LayerInputs inputs = EagerInputs(x, ids, w);
-    auto store = StoreRegistry::Get().Find({epoch, index});
-    auto keep = KeepAlive(std::move(owner));
-    const MutableArray out{y.data(), y.dtype() == nb::dtype<float>()};
-    nb::gil_scoped_release release;
-    SubmitForward(std::move(store), inputs, out, std::move(keep));
-  });
+  m.def("register_lora",
+        [](uint32_t epoch, uint32_t index, const std::vector<Array>& arrays,
+           float scaling, nb::object owner) {
+          LoRAOperands lora;
+          lora.rank = static_cast<int>(arrays.at(0).shape(1));
+          lora.scaling = scaling;
+          for (int i = 0; i < kLoRAArrays; ++i) lora.arrays[i] = Const(arrays.at(i));
+          auto keep = KeepAlive(std::move(owner));
+          nb::gil_scoped_release release;
+          StoreRegistry::Get()
+              .Find({epoch, index})
+              ->RegisterLoRA(std::make_shared<RegisteredLoRA>(lora, std::move(keep)));
+        });
+  m.def("submit_forward",
+        [](uint32_t epoch, uint32_t index, const Array& x, const Array& ids,
+           const Array& w, const OutputArray& y, nb::object owner) {
+          const LayerInputs inputs = EagerInputs(x, ids, w);
+          auto store = StoreRegistry::Get().Find({epoch, index});
+          auto keep = KeepAlive(std::move(owner));
+          const MutableArray out{y.data(), y.dtype() == nb::dtype<float>()};
+          nb::gil_scoped_release release;
+          SubmitForward(std::move(store), inputs, out, std::move(keep));
+        });
   m.def("sync", [] {
     nb::gil_scoped_release release;
     SyncForward();

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from ktjax import _native
 from ktjax.config import PoolConfig, isa_override, profile_enabled
+
+if TYPE_CHECKING:
+    from ktjax.lora import LoRA
+    from ktjax.store import ExpertStore
+
+Array = Any
 
 for _name, _target in _native.targets().items():
     jax.ffi.register_ffi_target(_name, _target, platform="cpu")
@@ -82,8 +88,8 @@ def describe() -> dict[str, Any]:
 
     Returns:
       A dict with `cpu` (brand), `isa` and `isa_reason` (the kernels that would be used
-      and why), `isas_supported`, `numa_nodes`, `threads` (CPUs this process may use) and
-      `memory_bytes`.
+      and why), `isas_supported`, `numa_nodes`, `threads` (CPUs this process may use)
+      and `memory_bytes`.
     """
     isa = isa_override() or ""
     facts = dict(_native.describe())
@@ -111,3 +117,89 @@ def native_bits(array: np.ndarray) -> np.ndarray:
     if array.dtype == jax.numpy.bfloat16:
         return array.view(np.uint16)
     return array
+
+
+def register_lora(store: ExpertStore, lora: LoRA, scaling: float) -> None:
+    """Registers an adapter on a store for the calls that do not pass one.
+
+    The library reads the arrays where they are (bfloat16 and float32 arrays on the CPU
+    are not copied) and keeps them alive until another registration replaces them. Calls
+    in flight finish on the adapter they began with.
+
+    Args:
+      store: the base weights.
+      lora: six arrays of the layer's shapes, float32 or bfloat16.
+      scaling: s = lora_alpha / lora_rank.
+
+    Raises:
+      ValueError: a wrong shape or rank.
+      TypeError: a wrong dtype.
+      RuntimeError: the store is closed.
+    """
+    lora.validate(store.num_experts, store.hidden_size, store.intermediate_size)
+    arrays = [np.asarray(array) for array in lora.arrays()]
+    _native.register_lora(
+        *store.words(), [native_bits(array) for array in arrays], scaling, arrays
+    )
+
+
+def submit_forward_registered(
+    store: ExpertStore, x: Array, ids: Array, w: Array
+) -> np.ndarray:
+    """Queues a forward with the registered adapter (none: the base weights alone).
+
+    Calls run one after another on the pool; the caller goes on meanwhile.
+
+    Args:
+      store: the base weights.
+      x: `[tokens, hidden]`, float32 or bfloat16. Must not change before `sync`.
+      ids: `[tokens, k]` int32; -1 skips a slot.
+      w: `[tokens, k]` float32.
+
+    Returns:
+      The array, like x, that holds the result after `sync`.
+
+    Raises:
+      ValueError: wrong shapes.
+      TypeError: wrong dtypes.
+      RuntimeError: the store is closed.
+    """
+    x, ids, w = (np.ascontiguousarray(array) for array in (x, ids, w))
+    if x.ndim != 2 or x.shape[1] != store.hidden_size:
+        raise ValueError(
+            f"forward: x: expected [tokens, {store.hidden_size}], got {x.shape}"
+        )
+    if x.dtype not in (np.float32, jax.numpy.bfloat16):
+        raise TypeError(f"forward: x: expected float32 or bfloat16, got {x.dtype}")
+    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype != np.int32:
+        raise ValueError(
+            f"forward: ids: expected int32 [{x.shape[0]}, k], got {ids.dtype} "
+            f"{ids.shape}"
+        )
+    if w.shape != ids.shape or w.dtype != np.float32:
+        raise ValueError(
+            f"forward: w: expected float32 {ids.shape}, got {w.dtype} {w.shape}"
+        )
+    y = np.empty_like(x)
+    _native.submit_forward(
+        *store.words(), native_bits(x), ids, w, native_bits(y), (x, ids, w, y)
+    )
+    return y
+
+
+def sync() -> None:
+    """Waits for all calls submitted so far.
+
+    Raises:
+      RuntimeError, ValueError or IndexError: the first error among those calls.
+    """
+    _native.sync()
+
+
+def forward_registered(
+    store: ExpertStore, x: Array, ids: Array, w: Array
+) -> np.ndarray:
+    """`submit_forward_registered` and `sync` in one."""
+    y = submit_forward_registered(store, x, ids, w)
+    sync()
+    return y

@@ -6,8 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Array = Any
+
+MAX_RANK = 256
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +43,41 @@ class LoRA:
     def arrays(self) -> tuple[Array, ...]:
         """The six arrays in the order of `NAMES`."""
         return tuple(getattr(self, name) for name in self.NAMES)
+
+    def validate(
+        self, experts: int | None, hidden: int, intermediate: int | None
+    ) -> None:
+        """Checks shapes, dtypes and rank against a layer's sizes.
+
+        Sizes that are None are taken from `gate_b`.
+
+        Raises:
+          ValueError: a wrong shape, or a rank outside 1..256.
+          TypeError: a dtype other than float32 and bfloat16.
+        """
+        for name in ("gate_a", "gate_b"):
+            if jnp.ndim(getattr(self, name)) != 3:
+                raise ValueError(
+                    f"lora.{name}: expected 3 dimensions, got shape "
+                    f"{jnp.shape(getattr(self, name))}"
+                )
+        rank = self.gate_a.shape[1]
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"lora: expected a rank of 1 to {MAX_RANK}, got {rank}")
+        experts = experts if experts is not None else self.gate_b.shape[0]
+        intermediate = (
+            intermediate if intermediate is not None else self.gate_b.shape[1]
+        )
+        for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
+            array = getattr(self, name)
+            if jnp.shape(array) != shape:
+                raise ValueError(
+                    f"lora.{name}: expected {shape}, got {jnp.shape(array)}"
+                )
+            if array.dtype not in (jnp.float32, jnp.bfloat16):
+                raise TypeError(
+                    f"lora.{name}: expected float32 or bfloat16, got {array.dtype}"
+                )
 
     @staticmethod
     def shapes(

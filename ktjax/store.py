@@ -88,13 +88,14 @@ class ExpertStore:
           pool: the pool to use; None starts the default one if none is running.
 
         Raises:
-          ValueError: unknown format, wrong shapes, or a pool that is not the running one.
+          ValueError: unknown format, wrong shapes, or not the running pool.
           TypeError: wrong dtypes.
           MemoryError: the weights do not fit.
         """
         if format not in FORMATS:
             raise ValueError(
-                f"ExpertStore: format: expected one of {sorted(FORMATS)}, got {format!r}"
+                f"ExpertStore: format: expected one of {sorted(FORMATS)}, got "
+                f"{format!r}"
             )
         running = backend.get_pool()
         if pool is not None and pool is not running:
@@ -144,12 +145,12 @@ class ExpertStore:
     @property
     def nbytes(self) -> int:
         """Host memory of the packed weights, padding included."""
-        return _native.store_bytes(*self._words())
+        return _native.store_bytes(*self.words())
 
     def dequantize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact values that the kernels use: gate, up and down in float32."""
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
-        words = self._words()
+        words = self.words()
         arrays = (
             np.empty((e, i, h), np.float32),
             np.empty((e, i, h), np.float32),
@@ -190,7 +191,8 @@ class ExpertStore:
         """A view: it does not own the memory."""
         return cls(leaves[0], geometry)
 
-    def _words(self) -> tuple[int, int]:
+    def words(self) -> tuple[int, int]:
+        """The handle as two integers; concrete stores only."""
         if self._owner is not None:
             return self._owner.epoch, self._owner.index
         epoch, index = np.asarray(self.handle)
@@ -210,7 +212,8 @@ def _check(arrays: list[np.ndarray], format: str) -> Geometry:
             )
         if array.dtype != gate.dtype:
             raise TypeError(
-                f"ExpertStore: {name}: expected {gate.dtype} like gate, got {array.dtype}"
+                f"ExpertStore: {name}: expected {gate.dtype} like gate, got "
+                f"{array.dtype}"
             )
     experts, intermediate, hidden = gate.shape
     if min(gate.shape) == 0:

@@ -1,8 +1,8 @@
 // Kernels for AVX-512 with VDPBF16PS (Zen 4 and later, Cooper Lake, Sapphire Rapids).
 //
-// The inner tile is 6 rows x 4 strips: 24 accumulators hide the latency of 6 cycles at up
-// to 2 products a cycle, and one depth pair costs 4 panel loads and 6 broadcasts for 24
-// products. The panel streams from L2 (11 bytes a cycle), the rows stay in L1.
+// The inner tile is 6 rows x 4 strips: 24 accumulators hide the latency of 6 cycles at
+// up to 2 products a cycle, and one depth pair costs 4 panel loads and 6 broadcasts for
+// 24 products. The panel streams from L2 (11 bytes a cycle), the rows stay in L1.
 #include <immintrin.h>
 
 #include "gemm/epilogue_impl.h"
@@ -109,14 +109,23 @@ template <int kStrips>
 void RunTiles(const Term* terms, int n_terms, int rows, float* c, bool accumulate,
               Prefetch* prefetch) {
   static constexpr TileFn kTiles[] = {
-      Tile<1, kStrips>, Tile<2, kStrips>, Tile<3, kStrips>, Tile<4, kStrips>,
-      Tile<5, kStrips>, Tile<6, kStrips>,
-      Tile<kTileRows<kStrips> < 7 ? 1 : 7, kStrips>,
-      Tile<kTileRows<kStrips> < 8 ? 1 : 8, kStrips>,
-      Tile<kTileRows<kStrips> < 9 ? 1 : 9, kStrips>,
-      Tile<kTileRows<kStrips> < 10 ? 1 : 10, kStrips>,
-      Tile<kTileRows<kStrips> < 11 ? 1 : 11, kStrips>,
-      Tile<kTileRows<kStrips> < 12 ? 1 : 12, kStrips>,
+      Tile<1, kStrips>,
+      Tile<2, kStrips>,
+      Tile<3, kStrips>,
+      Tile<4, kStrips>,
+      Tile<5, kStrips>,
+      Tile<6, kStrips>,
+      Tile < kTileRows<kStrips> < 7 ? 1 : 7,
+      kStrips >,
+      Tile < kTileRows<kStrips> < 8 ? 1 : 8,
+      kStrips >,
+      Tile < kTileRows<kStrips> < 9 ? 1 : 9,
+      kStrips >,
+      Tile < kTileRows<kStrips> < 10 ? 1 : 10,
+      kStrips >,
+      Tile < kTileRows<kStrips> < 11 ? 1 : 11,
+      kStrips >
+      , Tile < kTileRows<kStrips> < 12 ? 1 : 12, kStrips >,
   };
   // Equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
   int row = 0;
@@ -131,10 +140,14 @@ void RunTiles(const Term* terms, int n_terms, int rows, float* c, bool accumulat
 void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
           bool accumulate, Prefetch* prefetch) {
   switch (strips) {
-    case 1: return RunTiles<1>(terms, n_terms, rows, c, accumulate, prefetch);
-    case 2: return RunTiles<2>(terms, n_terms, rows, c, accumulate, prefetch);
-    case 3: return RunTiles<3>(terms, n_terms, rows, c, accumulate, prefetch);
-    default: return RunTiles<4>(terms, n_terms, rows, c, accumulate, prefetch);
+    case 1:
+      return RunTiles<1>(terms, n_terms, rows, c, accumulate, prefetch);
+    case 2:
+      return RunTiles<2>(terms, n_terms, rows, c, accumulate, prefetch);
+    case 3:
+      return RunTiles<3>(terms, n_terms, rows, c, accumulate, prefetch);
+    default:
+      return RunTiles<4>(terms, n_terms, rows, c, accumulate, prefetch);
   }
 }
 

@@ -47,8 +47,9 @@ void StoreSome(const F32x16& value, int count, T* dst) {
   std::memcpy(dst, lanes, sizeof(T) * count);
 }
 
-// value = e^value, to about 2 ulp in [-87, 88] and clamped outside. Cody-Waite reduction
-// by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <= ln(2) / 2.
+// value = e^value, to about 2 ulp in [-87, 88] and clamped outside. Cody-Waite
+// reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <=
+// ln(2) / 2.
 inline void Exp(F32x16& value) {
   const F32x16 zero = {};
   const F32x16 top = zero + 88.3762626647949f, bottom = zero - 87.3365447504019f;
@@ -101,8 +102,8 @@ inline void SwiGlu(const float* c, int rows, int strips, bf16* h, ptrdiff_t h_st
 
 inline void SwiGluGrad(const float* c, int rows, int strips, const float* weights,
                        const int32_t* index, const bf16* gate, const bf16* up,
-                       ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h, ptrdiff_t out_stride,
-                       float* dots, ptrdiff_t dots_stride) {
+                       ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h,
+                       ptrdiff_t out_stride, float* dots, ptrdiff_t dots_stride) {
   for (int r = 0; r < rows; ++r) {
     F32x16 dot = {};
     const ptrdiff_t kept = (index ? index[r] : r) * stride;

@@ -11,8 +11,8 @@
 // * `c` is a row-major float32 tile with a row stride of kPanel, in L1. Epilogues
 //   (SwiGLU, scatter, ...) read it from there, so no kernel knows what it is used for.
 //
-// The value of c[r][n] never depends on how the rows were split over calls: this is what
-// makes results bit-identical for any number of threads.
+// The value of c[r][n] never depends on how the rows were split over calls: this is
+// what makes results bit-identical for any number of threads.
 #ifndef KTJAX_FFI_GEMM_KERNEL_H_
 #define KTJAX_FFI_GEMM_KERNEL_H_
 
@@ -46,7 +46,7 @@ struct Prefetch {
   int64_t chunk_bytes = 0;  // a multiple of 2048
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
-  int lines_per_pair = 1;   // cache lines to fetch per depth pair, 1..4
+  int lines_per_pair = 1;  // cache lines to fetch per depth pair, 1..4
 };
 
 // Source rows of a packing routine: row i starts at base + index[i] * stride elements,
@@ -74,8 +74,8 @@ struct Epilogues {
   // gate and up are read from row index[r] (r when index is null). h may be null.
   void (*swiglu_grad)(const float* c, int rows, int strips, const float* weights,
                       const int32_t* index, const bf16* gate, const bf16* up,
-                      ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h, ptrdiff_t out_stride, float* dots,
-                      ptrdiff_t dots_stride);
+                      ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h,
+                      ptrdiff_t out_stride, float* dots, ptrdiff_t dots_stride);
 
   // out[tokens[r] * stride + n] += weights[r] * c[r][n]; weights may be null (ones).
   // Tokens of one call may repeat: rows are added in order.
@@ -115,16 +115,16 @@ struct Kernels {
 
   // Transposes `blocks` blocks of 16 outputs x 32 depths of a panel, so that depths
   // become outputs: out-of-place [16 pairs][16 outputs][2] -> [8 pairs][32 outputs][2].
-  // Block i reads src + i * 16 * src_stride and writes dst + i * 64. Strides are elements
-  // between consecutive depth pairs.
+  // Block i reads src + i * 16 * src_stride and writes dst + i * 64. Strides are
+  // elements between consecutive depth pairs.
   void (*transpose)(const bf16* src, ptrdiff_t src_stride, int blocks, bf16* dst,
                     ptrdiff_t dst_stride);
 
   // Packs strips of a panel from source rows that are OUTPUTS (the contraction is
   // contiguous): dst[(d / 2) * dst_stride + 2 n + d % 2] = bf16(src.row(n)[d]) for
   // n < outputs, d < depth; zero for the outputs up to 16 * strips and the depths up to
-  // RoundUp(depth, kDepth). `dst_stride` is 32 elements times the panel's strips, so that
-  // several sources can fill one panel side by side.
+  // RoundUp(depth, kDepth). `dst_stride` is 32 elements times the panel's strips, so
+  // that several sources can fill one panel side by side.
   void (*pack_outputs_f32)(Rows<float> src, int outputs, int depth, int strips,
                            bf16* dst, ptrdiff_t dst_stride);
   void (*pack_outputs_bf16)(Rows<bf16> src, int outputs, int depth, int strips,

@@ -24,7 +24,8 @@ inline __m512i RoundToBf16(__m512 value) {
 }
 
 inline __mmask16 Lanes16(int count) {
-  return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
+  return count >= 16 ? 0xffff
+                     : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
 }
 inline __mmask32 Lanes32(int count) {
   return count >= 32 ? 0xffffffffu : (1u << (count < 0 ? 0 : count)) - 1;
@@ -35,8 +36,7 @@ inline __m512i LoadRow32(const bf16* src, int count) {
   return _mm512_maskz_loadu_epi16(Lanes32(count), src);
 }
 inline __m512i LoadRow32(const float* src, int count) {
-  const __m512i low =
-      RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
+  const __m512i low = RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
   const __m512i high =
       RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
@@ -45,8 +45,7 @@ inline __m512i LoadRow32(const float* src, int count) {
 
 // 16 consecutive values of a row as bfloat16 bits in 32-bit lanes.
 inline __m512i LoadLanes16(const bf16* src, int count) {
-  return _mm512_cvtepu16_epi32(
-      _mm256_maskz_loadu_epi16(Lanes16(count), src));
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Lanes16(count), src));
 }
 inline __m512i LoadLanes16(const float* src, int count) {
   return RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
@@ -124,19 +123,22 @@ void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst
   }
 }
 
-// Three exchanges of a register bit with a lane bit move three output bits out and three
-// depth bits in: 48 shuffles for 512 values. With input register = depth pair p (bits
-// p3..p0), 32-bit lane = output n (bits n3..n0) and half = depth parity:
+// Three exchanges of a register bit with a lane bit move three output bits out and
+// three depth bits in: 48 shuffles for 512 values. With input register = depth pair p
+// (bits p3..p0), 32-bit lane = output n (bits n3..n0) and half = depth parity:
 //   unpack         p0 <-> n1     128-bit lane = n3 n2, in it  n0 p0
 //   shuffle lanes  p1 <-> n2     128-bit lane = p1 n3
-//   permute words  p2 <-> n3     and sorts the register to lane = p2 p1 p0 parity, half n0
+//   permute words  p2 <-> n3     and sorts the register to lane = p2 p1 p0 parity, half
+//   n0
 inline void Avx512Transpose(const bf16* src, ptrdiff_t src_stride, int blocks,
                             bf16* dst, ptrdiff_t dst_stride) {
   // Word w of the result: lane k = w / 2 (k3 = p2, k2 = p1, k1 = p0, k0 = parity), half
   // n0 = w % 2. It comes from operand p2, 128-bit lane 2 p1 + n3, 32-bit lane
   // 2 n0 + p0, half parity.
   alignas(64) static constexpr auto kIndex = [] {
-    struct { uint16_t word[2][32]; } index{};
+    struct {
+      uint16_t word[2][32];
+    } index{};
     for (int n3 = 0; n3 < 2; ++n3) {
       for (int w = 0; w < 32; ++w) {
         const int k = w / 2, n0 = w % 2;

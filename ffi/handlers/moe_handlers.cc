@@ -31,11 +31,16 @@ std::string ToString(Dims dims) {
 
 const char* Name(ffi::DataType type) {
   switch (type) {
-    case ffi::F32: return "float32";
-    case ffi::BF16: return "bfloat16";
-    case ffi::S32: return "int32";
-    case ffi::U32: return "uint32";
-    default: return "another dtype";
+    case ffi::F32:
+      return "float32";
+    case ffi::BF16:
+      return "bfloat16";
+    case ffi::S32:
+      return "int32";
+    case ffi::U32:
+      return "uint32";
+    default:
+      return "another dtype";
   }
 }
 
@@ -68,8 +73,8 @@ class Checker {
   }
   [[noreturn]] void Fail(const char* operand, const std::string& expected,
                          const std::string& got) const {
-    throw std::invalid_argument(std::string(operation_) + ": " + operand + ": expected " +
-                                expected + ", got " + got);
+    throw std::invalid_argument(std::string(operation_) + ": " + operand +
+                                ": expected " + expected + ", got " + got);
   }
   const char* operation() const { return operation_; }
 
@@ -84,11 +89,15 @@ std::vector<int64_t> LoRAShape(const Geometry& g, int which, int64_t rank) {
   const int64_t experts = g.experts, hidden = g.hidden, middle = g.intermediate;
   switch (which) {
     case kGateA:
-    case kUpA: return {experts, rank, hidden};
+    case kUpA:
+      return {experts, rank, hidden};
     case kGateB:
-    case kUpB: return {experts, middle, rank};
-    case kDownA: return {experts, rank, middle};
-    default: return {experts, hidden, rank};
+    case kUpB:
+      return {experts, middle, rank};
+    case kDownA:
+      return {experts, rank, middle};
+    default:
+      return {experts, hidden, rank};
   }
 }
 
@@ -99,9 +108,10 @@ struct Call {
   int64_t slots() const { return inputs.tokens * inputs.k; }
 };
 
-Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x, const ffi::AnyBuffer& ids,
-                const ffi::AnyBuffer& weights, const ffi::AnyBuffer& handle,
-                const ffi::RemainingArgs& rest, bool has_lora, float scaling) {
+Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
+                const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights,
+                const ffi::AnyBuffer& handle, const ffi::RemainingArgs& rest,
+                bool has_lora, float scaling) {
   check.Type("handle", handle, ffi::U32);
   check.Shape("handle", handle, {2});
   const auto* words = static_cast<const uint32_t*>(handle.untyped_data());
@@ -112,11 +122,15 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x, const ffi::AnyBuf
   LayerInputs& inputs = call.inputs;
 
   inputs.x = {x.untyped_data(), check.Floating("x", x)};
-  if (x.dimensions().size() != 2) check.Fail("x", "rank 2", ToString({x.dimensions().begin(), x.dimensions().size()}));
+  if (x.dimensions().size() != 2)
+    check.Fail("x", "rank 2",
+               ToString({x.dimensions().begin(), x.dimensions().size()}));
   inputs.tokens = x.dimensions()[0];
   check.Shape("x", x, {inputs.tokens, geometry.hidden});
   check.Type("ids", ids, ffi::S32);
-  if (ids.dimensions().size() != 2) check.Fail("ids", "rank 2", ToString({ids.dimensions().begin(), ids.dimensions().size()}));
+  if (ids.dimensions().size() != 2)
+    check.Fail("ids", "rank 2",
+               ToString({ids.dimensions().begin(), ids.dimensions().size()}));
   inputs.k = static_cast<int>(ids.dimensions()[1]);
   check.Shape("ids", ids, {inputs.tokens, inputs.k});
   check.Type("w", weights, ffi::F32);
@@ -182,7 +196,8 @@ ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w
                           float scaling, bool has_lora, bool keep) {
   const Checker check("ktjax.moe");
   return Guard(check, [&] {
-    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+    const Call call =
+        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
     check.Type("y", *y, x.element_type());
     check.Shape("y", *y, {call.inputs.tokens, call.store->geometry().hidden});
     Residuals residuals;
@@ -196,7 +211,8 @@ ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w
     if (keep) {
       residuals.gate = residual(0, "kept gate", MiddleShape(call));
       residuals.up = residual(1, "kept up", MiddleShape(call));
-      if (has_lora) residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
+      if (has_lora)
+        residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
     }
     Forward(*call.store, call.inputs,
             {y->untyped_data(), y->element_type() == ffi::F32}, residuals);
@@ -210,7 +226,8 @@ ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer 
                            bool need_w, bool need_lora) {
   const Checker check("ktjax.moe gradient");
   return Guard(check, [&] {
-    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+    const Call call =
+        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
     const Geometry& geometry = call.store->geometry();
     const int64_t tokens = call.inputs.tokens;
     check.Type("gradient of y", grad_y, x.element_type());
@@ -227,7 +244,8 @@ ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer 
     if (kept) {
       residuals.gate = residual(0, "kept gate", MiddleShape(call));
       residuals.up = residual(1, "kept up", MiddleShape(call));
-      if (has_lora) residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
+      if (has_lora)
+        residuals.low_rank = residual(2, "kept low rank", LowRankShape(call));
     }
 
     Gradients gradients;

@@ -6,13 +6,19 @@ namespace ktjax {
 
 const Kernels& KernelsOf(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return kPortableKernels;
-    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kPortable:
+      return kPortableKernels;
+    case Isa::kAvx2:
+      return kAvx2Kernels;
     case Isa::kAvx512:
-    case Isa::kAvx512Vnni: return kAvx512Kernels;
-    case Isa::kAvx512Bf16: return kAvx512Bf16Kernels;
-    case Isa::kAmx: return kAmxBf16Kernels;
-    case Isa::kAmxEmulated: return kAmxEmulatedKernels;
+    case Isa::kAvx512Vnni:
+      return kAvx512Kernels;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16Kernels;
+    case Isa::kAmx:
+      return kAmxBf16Kernels;
+    case Isa::kAmxEmulated:
+      return kAmxEmulatedKernels;
   }
   return kPortableKernels;
 }

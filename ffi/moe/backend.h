@@ -18,16 +18,16 @@ namespace ktjax {
 class Workspace {
  public:
   enum Slot {
-    kHidden,      // h, the input of the down projection
+    kHidden,  // h, the input of the down projection
     kGateGrad,
     kUpGrad,
-    kGateValue,   // gate and up where the caller keeps no residuals
+    kGateValue,  // gate and up where the caller keeps no residuals
     kUpValue,
-    kLowRank,     // x Aᵀ of the three projections
+    kLowRank,  // x Aᵀ of the three projections
     kLowRankGrad,
-    kPartial,     // low-rank sums of one sub-pool
-    kDots,        // <dh, h> of every row and column block
-    kSum,         // y or grad_x in float32
+    kPartial,  // low-rank sums of one sub-pool
+    kDots,     // <dh, h> of every row and column block
+    kSum,      // y or grad_x in float32
     kSlotCount,
   };
 

@@ -18,13 +18,14 @@ namespace ktjax {
 namespace {
 
 // One LoRA gradient as a product over the rows of an expert:
-// grad[i][n] = Σ_r weight[r] low_rank[r][i] source[r][n], stored as is (A) or transposed (B).
+// grad[i][n] = Σ_r weight[r] low_rank[r][i] source[r][n], stored as is (A) or
+// transposed (B).
 struct GradFactor {
   const bf16* low_rank;  // of the expert's first row
   bool weighted;
   bool transposed;
-  MutableArray grad;     // the expert's matrix
-  int64_t stride;        // its row length
+  MutableArray grad;  // the expert's matrix
+  int64_t stride;     // its row length
 };
 
 class BackwardPass : Pass {
@@ -43,7 +44,8 @@ class BackwardPass : Pass {
     for (int s = 0; s < shard_count(); ++s) {
       d_gate_.push_back(
           workspace.Get<bf16>(Workspace::kGateGrad, s, rows * HiddenStride(s)));
-      d_up_.push_back(workspace.Get<bf16>(Workspace::kUpGrad, s, rows * HiddenStride(s)));
+      d_up_.push_back(
+          workspace.Get<bf16>(Workspace::kUpGrad, s, rows * HiddenStride(s)));
       if (gradients.x) sums_.push_back(Sum(gradients.x, s));
       first_block_.push_back(blocks_);
       blocks_ += Blocks(s);
@@ -118,14 +120,14 @@ class BackwardPass : Pass {
     }
     if (rank()) {
       const LowRankFactor factor{Matrix(kDownB), 0, 0, 2};
-      counters().ForEach(
-          CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(), [&](int64_t i) {
-            const RowBlock& block = group.blocks[i];
-            GatherRows(grad_y_, block, scratch);
-            LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows,
-                    scratch.stride, geometry_.hidden, {&factor, 1}, low_rank_grad_,
-                    false, scratch);
-          });
+      counters().ForEach(CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(),
+                         [&](int64_t i) {
+                           const RowBlock& block = group.blocks[i];
+                           GatherRows(grad_y_, block, scratch);
+                           LowRank(Contraction::kDownColumns, 0, group, block,
+                                   scratch.rows, scratch.stride, geometry_.hidden,
+                                   {&factor, 1}, low_rank_grad_, false, scratch);
+                         });
       if (!worker.Barrier()) return false;
       watch.Lap("gy B");
     }
@@ -149,12 +151,13 @@ class BackwardPass : Pass {
     }
     if (gradients_.x) {
       const bool last = static_cast<size_t>(g) + 1 == groups_.size();
-      counters().ForEach(
-          CounterOf(counter + kInputGrad, s), output_tasks_.size(), [&](int64_t i) {
-            if (g == 0) ClearSum(sums_[s], output_tasks_[i]);
-            InputGrad(s, group, output_tasks_[i], scratch);
-            if (last && shard_count() == 1) Finish(gradients_.x, output_tasks_[i]);
-          });
+      counters().ForEach(CounterOf(counter + kInputGrad, s), output_tasks_.size(),
+                         [&](int64_t i) {
+                           if (g == 0) ClearSum(sums_[s], output_tasks_[i]);
+                           InputGrad(s, group, output_tasks_[i], scratch);
+                           if (last && shard_count() == 1)
+                             Finish(gradients_.x, output_tasks_[i]);
+                         });
       watch.Lap("grad x");
     }
     if (lora_grads_) {
@@ -176,7 +179,8 @@ class BackwardPass : Pass {
     const int padded = geometry_.intermediate_padded();
     GatherRows(grad_y_, block, scratch);
     for (int column = task.first_panel * kPanel;
-         column < std::min(task.last_panel * kPanel, shard(s).width); column += kPanel) {
+         column < std::min(task.last_panel * kPanel, shard(s).width);
+         column += kPanel) {
       const int strips = std::min(kPanel, shard(s).width - column) / kStrip;
       const ptrdiff_t stride = 2 * kStrip * strips;
       // The panels' depths [column, column + 64) become outputs.
@@ -211,23 +215,22 @@ class BackwardPass : Pass {
         prefetch.total_bytes =
             geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
       }
-      Multiply({terms, static_cast<size_t>(n_terms)}, block.count, strips, scratch, prefetch,
-               [&](int first, int count) {
-                 const int row = block.begin + first;
-                 const int64_t in =
-                     KeptOffset(values, group, row) + shard(s).begin + column;
-                 const int64_t out =
-                     static_cast<int64_t>(row - group.first_row) * HiddenStride(s) +
-                     column;
-                 epilogues_.swiglu_grad(
-                     scratch.tile, count, strips, &routing_.weights[row],
-                     KeptIndex(values, row), values.gate + in, values.up + in, padded, d_gate_[s] + out,
-                     d_up_[s] + out, lora_grads_ ? hidden_[s] + out : nullptr,
-                     HiddenStride(s),
-                     dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
-                         first_block_[s] + column / kPanel,
-                     blocks_);
-               });
+      Multiply(
+          {terms, static_cast<size_t>(n_terms)}, block.count, strips, scratch, prefetch,
+          [&](int first, int count) {
+            const int row = block.begin + first;
+            const int64_t in = KeptOffset(values, group, row) + shard(s).begin + column;
+            const int64_t out =
+                static_cast<int64_t>(row - group.first_row) * HiddenStride(s) + column;
+            epilogues_.swiglu_grad(
+                scratch.tile, count, strips, &routing_.weights[row],
+                KeptIndex(values, row), values.gate + in, values.up + in, padded,
+                d_gate_[s] + out, d_up_[s] + out,
+                lora_grads_ ? hidden_[s] + out : nullptr, HiddenStride(s),
+                dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
+                    first_block_[s] + column / kPanel,
+                blocks_);
+          });
     }
   }
 
@@ -290,9 +293,8 @@ class BackwardPass : Pass {
           }
         }
         int n_terms = 2;
-        Term terms[6] = {
-            {d_gate_[s] + first, HiddenStride(s), scratch.panel, width},
-            {d_up_[s] + first, HiddenStride(s), up_panel, width}};
+        Term terms[6] = {{d_gate_[s] + first, HiddenStride(s), scratch.panel, width},
+                         {d_up_[s] + first, HiddenStride(s), up_panel, width}};
         if (lora) {
           const LoRAArray as[] = {kGateA, kUpA};
           for (int which = 0; which < 2; ++which) {
@@ -305,7 +307,8 @@ class BackwardPass : Pass {
           }
         }
         Prefetch prefetch;
-        if (panel + 1 < task.last_panel && store_.DownStrips(panel + 1) == kPanelStrips) {
+        if (panel + 1 < task.last_panel &&
+            store_.DownStrips(panel + 1) == kPanelStrips) {
           prefetch.base = reinterpret_cast<const char*>(
               store_.GateUpPanel(s, expert, 0) +
               static_cast<int64_t>(panel + 1) * (kPanel / 2) * 2 * kPanel);
@@ -313,12 +316,11 @@ class BackwardPass : Pass {
           prefetch.stride = sizeof(bf16) * store_.GateUpPanelSize();
           prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
         }
-        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch, prefetch,
-                 [&](int from, int count) {
-                   epilogues_.scatter_add(scratch.tile, count, strips,
-                                          &routing_.tokens[rows.begin + from], nullptr,
-                                          sums_[s] + panel * kPanel,
-                                          geometry_.hidden_padded());
+        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch,
+                 prefetch, [&](int from, int count) {
+                   epilogues_.scatter_add(
+                       scratch.tile, count, strips, &routing_.tokens[rows.begin + from],
+                       nullptr, sums_[s] + panel * kPanel, geometry_.hidden_padded());
                  });
       }
     }
@@ -334,7 +336,8 @@ class BackwardPass : Pass {
   }
 
   // A packing of columns of a [tokens, hidden] array, its rows chosen by token.
-  auto PackGathered(ConstArray array, int row, int begin, const Scratch& scratch) const {
+  auto PackGathered(ConstArray array, int row, int begin,
+                    const Scratch& scratch) const {
     return [=, this](int from, int depth, int column, int outputs, int strips) {
       const int32_t* tokens = &routing_.tokens[row + from];
       const ptrdiff_t stride = geometry_.hidden, first = begin + column;
@@ -352,9 +355,9 @@ class BackwardPass : Pass {
     };
   }
 
-  // Task i of a group: one source of one expert. The sources, largest first, are x (dAg,
-  // dAu), gy (dBd) and then dg (dBg), du (dBu), h (dAd) of every shard; x and gy come in
-  // two halves of their columns.
+  // Task i of a group: one source of one expert. The sources, largest first, are x
+  // (dAg, dAu), gy (dBd) and then dg (dBg), du (dBu), h (dAd) of every shard; x and gy
+  // come in two halves of their columns.
   void LoRAGrad(const Group& group, int64_t i, const Scratch& scratch) {
     const int sources = 4 + 3 * shard_count();
     const int expert = group.first_expert + static_cast<int>(i / sources);
@@ -378,7 +381,8 @@ class BackwardPass : Pass {
                          end - begin, factors, scratch);
       } else {
         const GradFactor factor{low_rank + 4 * low_rank_width_, true, true,
-                                GradOf(kDownB, expert, hidden, rank(), begin, 0), rank()};
+                                GradOf(kDownB, expert, hidden, rank(), begin, 0),
+                                rank()};
         MultiplyOverRows(PackGathered(grad_y_, row, begin, scratch), row, count,
                          end - begin, {&factor, 1}, scratch);
       }
@@ -389,18 +393,19 @@ class BackwardPass : Pass {
     const bf16* arrays[] = {d_gate_[s], d_up_[s], hidden_[s]};
     const LoRAArray grads[] = {kGateB, kUpB, kDownA};
     const GradFactor factor =
-        kind < 2 ? GradFactor{low_rank + 2 * kind * low_rank_width_, false, true,
-                              GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
-                              rank()}
-                 : GradFactor{low_rank_grad + 4 * low_rank_width_, true, false,
-                              GradOf(kDownA, expert, rank(), intermediate, 0, begin),
-                              intermediate};
-    const bf16* base = arrays[kind] + static_cast<int64_t>(row - group.first_row) *
-                                          HiddenStride(s);
+        kind < 2
+            ? GradFactor{low_rank + 2 * kind * low_rank_width_, false, true,
+                         GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
+                         rank()}
+            : GradFactor{low_rank_grad + 4 * low_rank_width_, true, false,
+                         GradOf(kDownA, expert, rank(), intermediate, 0, begin),
+                         intermediate};
+    const bf16* base =
+        arrays[kind] + static_cast<int64_t>(row - group.first_row) * HiddenStride(s);
     auto pack = [&](int from, int depth, int column, int outputs, int strips) {
-      kernels_.pack_depths_bf16({base + from * HiddenStride(s) + column, HiddenStride(s)},
-                                depth, outputs, strips, scratch.panel,
-                                2 * kStrip * strips);
+      kernels_.pack_depths_bf16(
+          {base + from * HiddenStride(s) + column, HiddenStride(s)}, depth, outputs,
+          strips, scratch.panel, 2 * kStrip * strips);
     };
     MultiplyOverRows(pack, row, count, Slice(s), {&factor, 1}, scratch);
   }
@@ -446,8 +451,8 @@ class BackwardPass : Pass {
     }
   }
 
-  // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low ones,
-  // zero up to `stride` rows.
+  // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low
+  // ones, zero up to `stride` rows.
   void TransposeLowRank(const GradFactor& factor, int row, int count, bf16* dst,
                         ptrdiff_t stride) const {
     for (int r = 0; r < count; ++r) {
@@ -488,7 +493,7 @@ class BackwardPass : Pass {
   const Gradients gradients_;
   const bool recompute_;
   const bool lora_grads_;
-  Residuals recomputed_;  // of one group
+  Residuals recomputed_;                                   // of one group
   std::vector<std::vector<BlockTask>> hidden_grad_tasks_;  // [shard * groups + group]
   std::vector<bf16*> d_gate_, d_up_;  // per shard [group rows][HiddenStride]
   bf16* low_rank_ = nullptr;          // [group rows][low_rank_stride_]

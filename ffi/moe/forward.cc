@@ -28,16 +28,16 @@ class ForwardPass : Pass {
         const Activations values{residuals_.gate, residuals_.up, true, low_rank_};
         if (!ComputeHidden(worker, scratch, g, counter, values, watch)) return;
         if (residuals_.low_rank) {
-          counters().ForEach(CounterOf(counter + kKeepLowRank, 0),
-                             groups_[g].blocks.size(), [&](int64_t i) {
-                               KeepLowRank(groups_[g], groups_[g].blocks[i]);
-                             });
+          counters().ForEach(
+              CounterOf(counter + kKeepLowRank, 0), groups_[g].blocks.size(),
+              [&](int64_t i) { KeepLowRank(groups_[g], groups_[g].blocks[i]); });
         }
         const bool last = g + 1 == groups_.size();
         counters().ForEach(CounterOf(counter + kDown, worker.subpool()),
                            output_tasks_.size(), [&](int64_t i) {
                              Down(worker.subpool(), g, output_tasks_[i], scratch);
-                             if (last && shard_count() == 1) Finish(y_, output_tasks_[i]);
+                             if (last && shard_count() == 1)
+                               Finish(y_, output_tasks_[i]);
                            });
         // The next group overwrites h.
         if (!worker.Barrier()) return;
@@ -78,8 +78,7 @@ class ForwardPass : Pass {
   }
 
   // y[tokens, panels] += w (h Wdᵀ + (s h Adᵀ) Bdᵀ) over the experts of a group.
-  void Down(int s, int group_index, const OutputTask& task,
-            const Scratch& scratch) {
+  void Down(int s, int group_index, const OutputTask& task, const Scratch& scratch) {
     const Group& group = groups_[group_index];
     if (group_index == 0) ClearSum(sums_[s], task);
     const bool lora = rank() && s == 0;  // s h Adᵀ is already the sum over the shards
@@ -91,14 +90,14 @@ class ForwardPass : Pass {
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
         int n_terms = 1;
-        Term terms[6] = {
-            {hidden_[s] + (rows.begin - group.first_row) * HiddenStride(s),
-             HiddenStride(s), store_.DownPanel(s, expert, panel), shard(s).width}};
+        Term terms[6] = {{hidden_[s] + (rows.begin - group.first_row) * HiddenStride(s),
+                          HiddenStride(s), store_.DownPanel(s, expert, panel),
+                          shard(s).width}};
         if (lora) {
-          Matrix(kDownB).PackOutputs(kernels_, expert, panel * kPanel,
-                                     std::min(kPanel, geometry_.hidden - panel * kPanel),
-                                     0, rank(), strips, scratch.lora_panel[0],
-                                     2 * kStrip * strips);
+          Matrix(kDownB).PackOutputs(
+              kernels_, expert, panel * kPanel,
+              std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
+              scratch.lora_panel[0], 2 * kStrip * strips);
           AddLowRankTerms(LowRankRow(low_rank_, group, rows.begin), 2,
                           scratch.lora_panel[0], 0, 1, terms, n_terms);
         }
@@ -111,8 +110,8 @@ class ForwardPass : Pass {
           prefetch.chunk_bytes = prefetch.total_bytes =
               sizeof(bf16) * kPanel * shard(s).width;
         }
-        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch, prefetch,
-                 [&](int first, int count) {
+        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch,
+                 prefetch, [&](int first, int count) {
                    const int row = rows.begin + first;
                    epilogues_.scatter_add(scratch.tile, count, strips,
                                           &routing_.tokens[row], &routing_.weights[row],

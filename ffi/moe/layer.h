@@ -20,15 +20,15 @@ struct MutableArray {
 struct LayerInputs {
   int64_t tokens = 0;
   int k = 0;
-  ConstArray x;                // [tokens, hidden]
+  ConstArray x;  // [tokens, hidden]
   const int32_t* ids = nullptr;
   const float* weights = nullptr;
   LoRAOperands lora;
 };
 
 // What the forward keeps for the backward, a row per slot (token * k + j): gate and up
-// before SwiGLU, [tokens * k, RoundUp(intermediate, 32)], and the scaled low-rank products
-// s x Agᵀ, s x Auᵀ, s h Adᵀ, each as a high and a low part: [tokens * k, 6 *
+// before SwiGLU, [tokens * k, RoundUp(intermediate, 32)], and the scaled low-rank
+// products s x Agᵀ, s x Auᵀ, s h Adᵀ, each as a high and a low part: [tokens * k, 6 *
 // RoundUp(rank, 32)]. Skipped slots hold zeros. Null: not kept.
 struct Residuals {
   bf16* gate = nullptr;
@@ -41,8 +41,8 @@ void Forward(const ExpertStore& store, const LayerInputs& inputs, MutableArray y
 
 // Null results are not computed, nor what only they need.
 struct Gradients {
-  MutableArray x;             // [tokens, hidden]
-  float* weights = nullptr;   // [tokens, k]
+  MutableArray x;                  // [tokens, hidden]
+  float* weights = nullptr;        // [tokens, k]
   MutableArray lora[kLoRAArrays];  // all six or none
 };
 

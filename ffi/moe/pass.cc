@@ -62,13 +62,13 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
   rank_strips_ = static_cast<int>(CeilDiv(rank(), kStrip));
   Workspace& workspace = backend_.workspace;
   for (int s = 0; s < shard_count(); ++s) {
-    hidden_.push_back(workspace.Get<bf16>(Workspace::kHidden, s,
-                                          max_group_rows_ * HiddenStride(s)));
-    partial_.push_back(shard_count() == 1 ? nullptr
-                                          : workspace.Get<float>(
-                                                Workspace::kPartial, s,
-                                                2ull * kStrip * rank_strips_ *
-                                                    max_group_rows_));
+    hidden_.push_back(
+        workspace.Get<bf16>(Workspace::kHidden, s, max_group_rows_ * HiddenStride(s)));
+    partial_.push_back(
+        shard_count() == 1
+            ? nullptr
+            : workspace.Get<float>(Workspace::kPartial, s,
+                                   2ull * kStrip * rank_strips_ * max_group_rows_));
   }
   // The last counters are for the phase after all groups.
   counters_ = std::make_unique<Counters>(
@@ -87,7 +87,8 @@ void Pass::GatherRows(ConstArray array, const RowBlock& block,
                       const Scratch& scratch) const {
   const int hidden = geometry_.hidden, padded = geometry_.hidden_padded();
   for (int i = 0; i < block.count; ++i) {
-    const int64_t offset = static_cast<int64_t>(routing_.tokens[block.begin + i]) * hidden;
+    const int64_t offset =
+        static_cast<int64_t>(routing_.tokens[block.begin + i]) * hidden;
     bf16* row = scratch.rows + i * scratch.stride;
     if (array.is_float32) {
       kernels_.to_bf16(static_cast<const float*>(array.data) + offset, row, hidden);
@@ -173,8 +174,8 @@ void Pass::SumPartials(const Group& group, const RowBlock& block, int factors,
   }
 }
 
-bool Pass::SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
-                            int first_factor, bf16* destination) {
+bool Pass::SumPartialsPhase(Worker& worker, const Group& group, int counter,
+                            int factors, int first_factor, bf16* destination) {
   if (shard_count() == 1) return true;
   if (!worker.Barrier()) return false;
   counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
@@ -189,19 +190,19 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const int s = worker.subpool();
 
   if (rank()) {
-    const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0}, {Matrix(kUpA), 0, 0, 1}};
+    const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0},
+                                     {Matrix(kUpA), 0, 0, 1}};
     counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
       const RowBlock& block = group.blocks[i];
       GatherRows(inputs_.x, block, scratch);
       LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, scratch.stride,
-               geometry_.hidden, factors, out.low_rank, false, scratch);
+              geometry_.hidden, factors, out.low_rank, false, scratch);
     });
     if (!worker.Barrier()) return false;
     watch.Lap("x A");
   }
 
-  const std::vector<BlockTask>& tasks =
-      gate_up_tasks_[group_index * shard_count() + s];
+  const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
   counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
     const auto& [block, first_panel, last_panel] = tasks[i];
     GatherRows(inputs_.x, block, scratch);
@@ -214,10 +215,9 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
       if (rank()) {
         const LoRAArray bs[] = {kGateB, kUpB};
         for (int which = 0; which < 2; ++which) {
-          Matrix(bs[which])
-              .PackOutputs(kernels_, block.expert, shard(s).begin + column,
-                           std::min(kDepth, Slice(s) - column), 0, rank(), 2,
-                           scratch.lora_panel[which], 4 * kStrip);
+          Matrix(bs[which]).PackOutputs(kernels_, block.expert, shard(s).begin + column,
+                                        std::min(kDepth, Slice(s) - column), 0, rank(),
+                                        2, scratch.lora_panel[which], 4 * kStrip);
           AddLowRankTerms(LowRankRow(out.low_rank, group, block.begin), which,
                           scratch.lora_panel[which], which, 2, terms, n_terms);
         }
@@ -229,19 +229,18 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
         prefetch.chunk_bytes = prefetch.total_bytes =
             sizeof(bf16) * store_.GateUpPanelSize();
       }
-      Multiply({terms, static_cast<size_t>(n_terms)}, block.count, kPanelStrips, scratch,
-               prefetch, [&](int first, int count) {
-                 const int row = block.begin + first;
-                 const int64_t kept =
-                     KeptOffset(out, group, row) + shard(s).begin + column;
-                 epilogues_.swiglu(
-                     scratch.tile, count, kPanelStrips,
-                     hidden_[s] + (row - group.first_row) * HiddenStride(s) + column,
-                     HiddenStride(s), KeptIndex(out, row),
-                     out.gate ? out.gate + kept : nullptr,
-                     out.gate ? out.up + kept : nullptr,
-                     geometry_.intermediate_padded());
-               });
+      Multiply(
+          {terms, static_cast<size_t>(n_terms)}, block.count, kPanelStrips, scratch,
+          prefetch, [&](int first, int count) {
+            const int row = block.begin + first;
+            const int64_t kept = KeptOffset(out, group, row) + shard(s).begin + column;
+            epilogues_.swiglu(
+                scratch.tile, count, kPanelStrips,
+                hidden_[s] + (row - group.first_row) * HiddenStride(s) + column,
+                HiddenStride(s), KeptIndex(out, row),
+                out.gate ? out.gate + kept : nullptr,
+                out.gate ? out.up + kept : nullptr, geometry_.intermediate_padded());
+          });
     }
   });
   if (!worker.Barrier()) return false;
@@ -270,8 +269,8 @@ float* Pass::Sum(MutableArray result, int s) {
       geometry_.hidden == geometry_.hidden_padded()) {
     return static_cast<float*>(result.data);
   }
-  return backend_.workspace.Get<float>(
-      Workspace::kSum, s, inputs_.tokens * geometry_.hidden_padded());
+  return backend_.workspace.Get<float>(Workspace::kSum, s,
+                                       inputs_.tokens * geometry_.hidden_padded());
 }
 
 void Pass::ClearSum(float* sum, const OutputTask& task) const {
@@ -298,7 +297,8 @@ void Pass::Finish(MutableArray result, const OutputTask& task) {
       std::memcpy(static_cast<float*>(result.data) + t * hidden + begin, row + begin,
                   sizeof(float) * (end - begin));
     } else {
-      kernels_.to_bf16(row + begin, static_cast<bf16*>(result.data) + t * hidden + begin,
+      kernels_.to_bf16(row + begin,
+                       static_cast<bf16*>(result.data) + t * hidden + begin,
                        end - begin);
     }
   }

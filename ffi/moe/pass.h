@@ -32,10 +32,10 @@ struct LoRAMatrix {
                   ptrdiff_t dst_stride) const;
 };
 
-// Low-rank values (x Aᵀ and the like) are few and everything of LoRA passes through them:
-// as one bfloat16, a value of rank 1 would carry its whole rounding error of up to 0.4%
-// into a gradient. So they are kept as two, high + low, with a term for each; that costs
-// rank more depths in a product.
+// Low-rank values (x Aᵀ and the like) are few and everything of LoRA passes through
+// them: as one bfloat16, a value of rank 1 would carry its whole rounding error of up
+// to 0.4% into a gradient. So they are kept as two, high + low, with a term for each;
+// that costs rank more depths in a product.
 //
 // A row of low-rank values: for each of gate, up and down, `low_rank_width` high parts
 // and as many low ones.
@@ -102,22 +102,23 @@ class Pass {
 
   // Copies the rows of a [tokens, hidden] array that `block` names to scratch.rows, as
   // bfloat16, zero up to hidden_padded.
-  void GatherRows(ConstArray array, const RowBlock& block, const Scratch& scratch) const;
+  void GatherRows(ConstArray array, const RowBlock& block,
+                  const Scratch& scratch) const;
 
   // tile = rows x panel for all rows, in tiles; epilogue(first, count) consumes each.
   template <typename Epilogue>
   void Multiply(std::span<const Term> terms, int rows, int strips,
                 const Scratch& scratch, Prefetch prefetch, Epilogue epilogue) const;
 
-  // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>. With
-  // several shards these are parts of the contraction: they wait in partial_ until
+  // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
+  // With several shards these are parts of the contraction: they wait in partial_ until
   // SumPartials has added them in order.
   void LowRank(Contraction contraction, int s, const Group& group,
                const RowBlock& block, const bf16* rows, ptrdiff_t stride, int depth,
-               std::span<const LowRankFactor> factors, bf16* destination,
-               bool partial, const Scratch& scratch) const;
-  void SumPartials(const Group& group, const RowBlock& block, int factors, int first_factor,
-                   bf16* destination) const;
+               std::span<const LowRankFactor> factors, bf16* destination, bool partial,
+               const Scratch& scratch) const;
+  void SumPartials(const Group& group, const RowBlock& block, int factors,
+                   int first_factor, bf16* destination) const;
   // The phase that does so for all blocks, when there is more than one shard.
   bool SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
                         int first_factor, bf16* destination);
@@ -151,9 +152,9 @@ class Pass {
   void AddLowRankTerms(const bf16* row, int factor, const bf16* panel, int first_strip,
                        int strip_step, std::span<Term, 6> terms, int& n_terms) const {
     for (int part = 0; part < 2; ++part) {
-      terms[n_terms++] = {row + (2 * factor + part) * low_rank_width_, low_rank_stride_,
-                          panel, static_cast<int>(RoundUp(rank(), 2)), first_strip,
-                          strip_step};
+      terms[n_terms++] = {
+          row + (2 * factor + part) * low_rank_width_, low_rank_stride_, panel,
+          static_cast<int>(RoundUp(rank(), 2)),        first_strip,      strip_step};
     }
   }
 
@@ -177,16 +178,16 @@ class Pass {
   int low_rank_width_ = 0;   // RoundUp(rank, kDepth)
   int low_rank_stride_ = 0;  // 3 factors x 2 parts
   int rank_strips_ = 0;
-  std::vector<bf16*> hidden_;      // per shard [group rows][HiddenStride]
-  std::vector<float*> partial_;    // per shard [group rows][2 * 16 * rank_strips]
-  std::vector<float*> sums_;       // per shard, see Sum
+  std::vector<bf16*> hidden_;    // per shard [group rows][HiddenStride]
+  std::vector<float*> partial_;  // per shard [group rows][2 * 16 * rank_strips]
+  std::vector<float*> sums_;     // per shard, see Sum
   std::unique_ptr<Counters> counters_;
 };
 
 template <typename Job>
 void Pass::Run(Job job) {
-  const size_t width = std::max(geometry_.hidden_padded(),
-                                2 * geometry_.intermediate_padded());
+  const size_t width =
+      std::max(geometry_.hidden_padded(), 2 * geometry_.intermediate_padded());
   const size_t stride = geometry_.hidden_padded() + kDepth;
   const size_t expert_rows = RoundUp(std::max(max_expert_rows_, 1), kDepth);
   const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
@@ -208,9 +209,9 @@ void Pass::Run(Job job) {
       memory += RoundUp(sizes[i], 64);
     }
     auto values = [&](int i) { return reinterpret_cast<bf16*>(part[i]); };
-    const Scratch scratch{values(0), static_cast<ptrdiff_t>(stride), values(1),
-                          {values(2), values(3)}, values(4),
-                          reinterpret_cast<float*>(part[5])};
+    const Scratch scratch{values(0), static_cast<ptrdiff_t>(stride),
+                          values(1), {values(2), values(3)},
+                          values(4), reinterpret_cast<float*>(part[5])};
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }

@@ -28,10 +28,11 @@ std::shared_ptr<ExpertStore> StoreRegistry::Find(Handle handle) const {
     const Entry& entry = entries_[handle.index];
     if (entry.epoch == handle.epoch && entry.store) return entry.store;
   }
-  throw DeadHandleError("the expert store with handle (" + std::to_string(handle.epoch) +
-                        ", " + std::to_string(handle.index) +
-                        ") is closed or belongs to another process; create it again and "
-                        "pass the new store");
+  throw DeadHandleError(
+      "the expert store with handle (" + std::to_string(handle.epoch) + ", " +
+      std::to_string(handle.index) +
+      ") is closed or belongs to another process; create it again and "
+      "pass the new store");
 }
 
 void StoreRegistry::Remove(Handle handle) {

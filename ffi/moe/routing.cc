@@ -13,8 +13,9 @@ Routing Route(const int32_t* ids, const float* weights, int64_t tokens, int k,
   for (int64_t i = 0; i < slots; ++i) {
     if (ids[i] < -1 || ids[i] >= experts) {
       throw std::out_of_range("expert id " + std::to_string(ids[i]) + " of token " +
-                              std::to_string(i / k) + ", slot " + std::to_string(i % k) +
-                              " is outside [-1, " + std::to_string(experts) + ")");
+                              std::to_string(i / k) + ", slot " +
+                              std::to_string(i % k) + " is outside [-1, " +
+                              std::to_string(experts) + ")");
     }
     if (ids[i] >= 0) ++routing.offsets[ids[i] + 1];
   }

@@ -8,13 +8,14 @@ namespace {
 constexpr int64_t kGroupBytes = 8ll << 20;
 constexpr int64_t kMinGroupRows = 1024;
 
-// Rows that a thread packs at a time. They pass L2 once per panel (one byte a cycle), so
-// the bound is for scratch and for balance rather than for cache.
+// Rows that a thread packs at a time. They pass L2 once per panel (one byte a cycle),
+// so the bound is for scratch and for balance rather than for cache.
 constexpr int64_t kBlockBytes = 2ll << 20;
 constexpr int kMinBlockRows = 32;
 constexpr int kMaxBlockRows = 512;
 
-// Streaming a panel from memory costs about as much as computing this many rows with it.
+// Streaming a panel from memory costs about as much as computing this many rows with
+// it.
 constexpr int64_t kPanelCostInRows = 16;
 constexpr int kTasksPerThread = 6;
 constexpr int kMinTokensPerTask = 64;

@@ -58,7 +58,8 @@ std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads)
 // The rows of `expert` whose tokens are in [first, last).
 RowBlock RowsOfTokens(const Routing& routing, int expert, int first, int last);
 
-// Every phase of a job takes its tasks from a counter of its own, on its own cache line.
+// Every phase of a job takes its tasks from a counter of its own, on its own cache
+// line.
 class Counters {
  public:
   explicit Counters(int count) : next_(new Counter[count]) {}

@@ -37,9 +37,9 @@ struct RegisteredLoRA {
   const std::shared_ptr<void> owner;
 };
 
-// A sub-pool's slice of the intermediate dimension. `width` is a multiple of 32, so that
-// it is a whole number of gate/up panels and of AMX tiles; `begin + width` may pass the
-// end of the dimension, where the weights are zero.
+// A sub-pool's slice of the intermediate dimension. `width` is a multiple of 32, so
+// that it is a whole number of gate/up panels and of AMX tiles; `begin + width` may
+// pass the end of the dimension, where the weights are zero.
 struct Shard {
   int begin;
   int width;
@@ -66,9 +66,11 @@ struct SourceWeights {
 };
 
 // Layout, for every shard and expert one block of panels (gemm/kernel.h):
-// * gate/up: panel j holds the strips gate[32 j .. +16], up[same], gate[32 j + 16 .. +16],
+// * gate/up: panel j holds the strips gate[32 j .. +16], up[same], gate[32 j + 16 ..
+// +16],
 //   up[same] over the depth hidden_padded: SwiGLU finds its two operands in one tile.
-// * down: panel p holds outputs 64 p .. 64 p + 63 of hidden_padded over the depth `width`.
+// * down: panel p holds outputs 64 p .. 64 p + 63 of hidden_padded over the depth
+// `width`.
 class ExpertStore {
  public:
   // Throws std::invalid_argument when the geometry cannot be split over the sub-pools.

@@ -16,7 +16,6 @@ from ktjax.store import ExpertStore
 
 Array = Any
 
-MAX_RANK = 256
 ACTIVATION_POLICIES = ("save", "recompute")
 
 
@@ -37,9 +36,9 @@ def moe(
         g = x Wgᵀ + s (x Agᵀ) Bgᵀ    u = x Wuᵀ + s (x Auᵀ) Buᵀ    h = silu(g) u
         d = h Wdᵀ + s (h Adᵀ) Bdᵀ    y[t] = Σ_j w[t, j] d[t, j]
 
-    Pure and differentiable in `x`, `w` and `lora`; the base weights are frozen. Products
-    take bfloat16 operands and add in float32, gradients included; the result is rounded
-    once. Same inputs give the same bits, for any number of threads.
+    Pure and differentiable in `x`, `w` and `lora`; the base weights are frozen.
+    Products take bfloat16 operands and add in float32, gradients included; the result
+    is rounded once. Same inputs give the same bits, for any number of threads.
 
     Under `jax.vmap` over x, ids and w the batch is folded into the tokens, but for the
     gradients of LoRA, which are computed one element at a time.
@@ -49,13 +48,13 @@ def moe(
       ids: `[..., k]` int32, experts in [0, experts); -1 skips the slot: it adds nothing
         and its gradients are exactly 0.
       w: `[..., k]` float32 routing weights.
-      store: the base weights, or the handle of a store (`uint32[2]`). With a bare handle
-        and no LoRA the widths of the experts are unknown here, so nothing is kept for
-        the backward, whatever the policy.
+      store: the base weights, or the handle of a store (`uint32[2]`). With a bare
+        handle and no LoRA the width of the experts is unknown here, so nothing is kept
+        for the backward, whatever the policy.
       lora: adapters, float32 or bfloat16, or None. Gradients have their dtype.
       scaling: s = lora_alpha / lora_rank, static.
-      activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for the
-        backward, in bfloat16; "recompute" keeps nothing and computes them again.
+      activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for
+        the backward, in bfloat16; "recompute" keeps nothing and computes them again.
 
     Returns:
       `[..., hidden]` in the dtype of x.
@@ -93,7 +92,12 @@ def _moe(spec, x, ids, w, handle, lora):
     return y.reshape(x.shape)
 
 
-def _check(x, ids, w, store, lora):
+def _check(
+    x: Array, ids: Array, w: Array, store: ExpertStore | Array, lora: LoRA | None
+) -> tuple[Array, int | None]:
+    """The handle, and the width of the experts where it is known."""
+    experts: int | None = None
+    intermediate: int | None = None
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"moe: x: expected float32 or bfloat16, got {x.dtype}")
     if ids.dtype != jnp.int32:
@@ -112,42 +116,19 @@ def _check(x, ids, w, store, lora):
         handle, geometry = store.handle, store.geometry
         if x.shape[-1] != geometry.hidden_size:
             raise ValueError(
-                f"moe: x: expected a last dimension of {geometry.hidden_size}, the hidden "
-                f"size of the store, got {x.shape}"
+                f"moe: x: expected a last dimension of {geometry.hidden_size}, the "
+                f"hidden size of the store, got {x.shape}"
             )
         experts, intermediate = geometry.num_experts, geometry.intermediate_size
     else:
         handle = jnp.asarray(store)
         if lora is not None and jnp.ndim(lora.gate_b) == 3:
             experts, intermediate = lora.gate_b.shape[:2]
-        else:
-            experts = intermediate = None
     if handle.shape != (2,) or handle.dtype != jnp.uint32:
         raise ValueError(
             "moe: store: expected an ExpertStore or its handle, uint32[2], got "
             f"{handle.dtype}{list(handle.shape)}"
         )
     if lora is not None:
-        _check_lora(lora, experts, x.shape[-1], intermediate)
+        lora.validate(experts, x.shape[-1], intermediate)
     return handle, intermediate
-
-
-def _check_lora(lora, experts, hidden, intermediate):
-    if jnp.ndim(lora.gate_a) != 3:
-        raise ValueError(
-            "moe: lora.gate_a: expected [experts, rank, hidden], got shape "
-            f"{jnp.shape(lora.gate_a)}"
-        )
-    rank = lora.gate_a.shape[1]
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"moe: lora: expected a rank of 1 to {MAX_RANK}, got {rank}")
-    for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
-        array = getattr(lora, name)
-        if jnp.shape(array) != shape:
-            raise ValueError(
-                f"moe: lora.{name}: expected {shape}, got {jnp.shape(array)}"
-            )
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise TypeError(
-                f"moe: lora.{name}: expected float32 or bfloat16, got {array.dtype}"
-            )

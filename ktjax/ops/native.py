@@ -64,7 +64,7 @@ def _operands(lora: LoRA | None) -> tuple[Array, ...]:
     return () if lora is None else lora.arrays()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
     """`f(x [tokens, hidden], ids, w, handle, lora) -> (y, kept values)`."""
 
@@ -74,8 +74,13 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
         y, *kept = jax.ffi.ffi_call(
             "ktjax_moe_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept]
         )(
-            x, ids, w, handle, *_operands(lora),
-            keep=spec.keep, **_attributes(spec, lora),
+            x,
+            ids,
+            w,
+            handle,
+            *_operands(lora),
+            keep=spec.keep,
+            **_attributes(spec, lora),
         )
         return y, tuple(kept)
 
@@ -94,7 +99,7 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
     return call
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
     """`f(x, ids, w, handle, gy, lora, kept) -> (grad x, grad w, grad LoRA)`.
 
@@ -112,8 +117,17 @@ def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
             results += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lora.arrays()]
         out = list(
             jax.ffi.ffi_call("ktjax_moe_backward", results)(
-                x, ids, w, handle, gy, *_operands(lora), *kept,
-                kept=bool(kept), need_x=needs.x, need_w=needs.w, need_lora=needs.lora,
+                x,
+                ids,
+                w,
+                handle,
+                gy,
+                *_operands(lora),
+                *kept,
+                kept=bool(kept),
+                need_x=needs.x,
+                need_w=needs.w,
+                need_lora=needs.lora,
                 **_attributes(spec, lora),
             )
         )

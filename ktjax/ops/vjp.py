@@ -61,4 +61,3 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 moe.defvjp(_forward, _backward, symbolic_zeros=True)
-

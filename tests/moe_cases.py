@@ -1,0 +1,190 @@
+"""Layers of experts to compute, and what the reference says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ktjax
+
+# Products of bfloat16 operands summed in float32. Every value on the way to a result is
+# rounded a handful of times (inputs of a product, kept gate and up, LoRA factors), each
+# by 2^-9 at most and 2^-9.3 on average, and the errors are independent:
+# sqrt(10) * 2^-9.3 = 0.005.
+TOLERANCE = 0.006
+MIN_COSINE = 0.9999
+
+GRADIENTS = ("x", "w", *ktjax.LoRA.NAMES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer and one batch of tokens."""
+
+    tokens: int
+    experts: int = 4
+    k: int = 2
+    hidden: int = 64
+    intermediate: int = 64
+    rank: int | None = 8
+    routing: str = "random"  # random | one (all on expert 1) | ragged
+    dtype: str = "bfloat16"
+    lora_dtype: str = "float32"
+    scaling: float = 2.0
+
+    def __str__(self) -> str:
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        return "-".join(
+            f"{name}={value}"
+            for name, value in dataclasses.asdict(self).items()
+            if value != default[name]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays of a case; gate, up, down are bfloat16."""
+
+    x: jax.Array
+    ids: jax.Array
+    w: jax.Array
+    base: tuple[jax.Array, jax.Array, jax.Array]
+    lora: ktjax.LoRA | None
+    grad_y: jax.Array
+
+
+# Tokens per expert around every row step of the kernels: empty, one, tiles and their
+# neighbours.
+RAGGED = (0, 1, 15, 16, 17, 31, 32, 33, 2, 3, 5, 47)
+
+
+def _ids(case: Case, rng: np.random.Generator) -> np.ndarray:
+    shape = (case.tokens, case.k)
+    if case.routing == "one":
+        ids = np.full(shape, -1)
+        ids[:, 0] = 1
+        return ids
+    if case.routing == "ragged":
+        counts = [RAGGED[e % len(RAGGED)] for e in range(case.experts)]
+        ids = np.repeat(np.arange(case.experts), counts)
+        ids = np.concatenate([ids, np.full(case.tokens * case.k - len(ids), -1)])
+        return rng.permutation(ids).reshape(shape)
+    ids = rng.random((case.tokens, case.experts)).argsort(-1)[:, : case.k]
+    return np.where(rng.random(shape) < 0.1, -1, ids)
+
+
+@functools.cache
+def make_inputs(case: Case) -> Inputs:
+    """Random inputs, the same for the same case."""
+    rng = np.random.default_rng(case.tokens + 1000 * case.hidden)
+
+    def normal(shape, std=1.0):
+        return rng.standard_normal(shape, np.float32) * np.float32(std)
+
+    e, h, i = case.experts, case.hidden, case.intermediate
+    base = tuple(
+        jnp.asarray(normal(shape, shape[-1] ** -0.5), jnp.bfloat16)
+        for shape in ((e, i, h), (e, i, h), (e, h, i))
+    )
+    lora = None
+    if case.rank is not None:
+        lora = ktjax.LoRA(
+            *(
+                jnp.asarray(
+                    normal(shape, shape[-1] ** -0.5 if name.endswith("a") else 0.05),
+                    case.lora_dtype,
+                )
+                for name, shape in ktjax.LoRA.shapes(e, h, i, case.rank).items()
+            )
+        )
+    ids = _ids(case, rng).astype(np.int32)
+    w = rng.random(ids.shape, np.float32) + np.float32(0.2)
+    x, grad_y = (
+        jnp.asarray(normal((case.tokens, h)), jnp.bfloat16).astype(case.dtype)
+        for _ in range(2)
+    )
+    return Inputs(x, jnp.asarray(ids), jnp.asarray(w), base, lora, grad_y)
+
+
+@functools.cache
+def reference_results(case: Case) -> dict[str, np.ndarray]:
+    """y and the gradients of the float32 reference on the same bfloat16 values."""
+    inputs = make_inputs(case)
+
+    def f32(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    @jax.jit
+    def run(x, w, lora, base, ids, grad_y):
+        y, pullback = jax.vjp(
+            lambda x, w, lora: ktjax.reference.moe(
+                x, ids, w, *base, lora, scaling=case.scaling
+            ),
+            x,
+            w,
+            lora,
+        )
+        return y, pullback(grad_y)
+
+    y, grads = run(
+        *f32((inputs.x, inputs.w, inputs.lora, inputs.base)),
+        inputs.ids,
+        f32(inputs.grad_y),
+    )
+    return named_results(y, grads)
+
+
+def named_results(y, grads) -> dict[str, np.ndarray]:
+    """Flattens `(y, (grad x, grad w, grad LoRA))`."""
+    grad_x, grad_w, grad_lora = grads
+    named = {"y": y, "x": grad_x, "w": grad_w}
+    if grad_lora is not None:
+        named |= dict(zip(ktjax.LoRA.NAMES, grad_lora.arrays(), strict=True))
+    return {name: np.asarray(value, np.float64) for name, value in named.items()}
+
+
+def run_kernels(case: Case, store, policy: str = "save"):
+    """y and the gradients of `ktjax.moe`, raw."""
+    inputs = make_inputs(case)
+
+    @jax.jit
+    def run(x, w, lora, ids, grad_y):
+        y, pullback = jax.vjp(
+            lambda x, w, lora: ktjax.moe(
+                x,
+                ids,
+                w,
+                store,
+                lora,
+                scaling=case.scaling,
+                activation_policy=policy,
+            ),
+            x,
+            w,
+            lora,
+        )
+        return y, pullback(grad_y)
+
+    return run(inputs.x, inputs.w, inputs.lora, inputs.ids, inputs.grad_y)
+
+
+def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Relative L2 and cosine of every result."""
+    assert got.keys() == expected.keys()
+    for name, want in expected.items():
+        have = got[name]
+        assert have.shape == want.shape, name
+        norm = np.linalg.norm(want)
+        if norm == 0:
+            assert not have.any(), name
+            continue
+        error = np.linalg.norm(have - want) / norm
+        cosine = np.vdot(have, want) / (norm * np.linalg.norm(have))
+        # A handful of sums may all have cancelled, and keep the errors of their terms.
+        tolerance = TOLERANCE * (4 if np.count_nonzero(want) < 8 else 1)
+        assert error <= tolerance, f"{name}: relative L2 error {error:.5f}"
+        assert cosine >= MIN_COSINE, f"{name}: cosine {cosine:.6f}"

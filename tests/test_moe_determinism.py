@@ -1,0 +1,60 @@
+"""The same inputs give the same bits: run after run, for any number of threads."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from conftest import ISAS
+from moe_cases import Case, make_inputs, run_kernels
+
+import ktjax
+
+CASE = Case(
+    tokens=150, experts=6, k=3, rank=16, hidden=160, intermediate=224, routing="random"
+)
+
+
+def bits(case=CASE):
+    with ktjax.ExpertStore.from_arrays(*make_inputs(case).base) as store:
+        return [np.asarray(a).copy() for a in jax.tree.leaves(run_kernels(case, store))]
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
+def test_any_number_of_threads(use_pool, isa):
+    results = []
+    for threads in (1, 2, 3, 5):
+        use_pool(isa, threads)
+        results.append(bits())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_any_number_of_threads_per_slice(use_pool):
+    results = []
+    for threads in (1, 2):
+        use_pool(threads=threads, subpools=2)
+        results.append(bits())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_run_after_run(use_pool):
+    use_pool(threads=3)
+    first = bits()
+    for _ in range(5):
+        for a, b in zip(first, bits(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_token_does_not_depend_on_its_batch(use_pool):
+    use_pool()
+    inputs = make_inputs(CASE)
+    with ktjax.ExpertStore.from_arrays(*inputs.base) as store:
+        whole = ktjax.moe(inputs.x, inputs.ids, inputs.w, store, inputs.lora)
+        for size in (1, 7, 40):
+            part = ktjax.moe(
+                inputs.x[:size], inputs.ids[:size], inputs.w[:size], store, inputs.lora
+            )
+            np.testing.assert_array_equal(np.asarray(part), np.asarray(whole[:size]))

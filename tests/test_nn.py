@@ -23,6 +23,7 @@ from ktjax.nn import (
     TopKRouter,
     load_balancing_loss,
 )
+from ktjax.nn.dense import matmul
 
 EXPERTS, HIDDEN, INTERMEDIATE, K, RANK = 4, 64, 32, 2, 4
 
@@ -89,6 +90,36 @@ def relative(got, want):
 
 # The kernels' contract: relative L2 against the float32 reference, for any pass.
 KERNEL_TOLERANCE = 0.006
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [(), (1,), (2, 5)])
+def test_matmul_accumulates_in_float32(rows, transposed):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (*rows, HIDDEN), jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (HIDDEN, 24), jnp.bfloat16)
+    grad = jax.random.normal(keys[2], (*rows, 24), jnp.bfloat16)
+
+    def exact(x, kernel):
+        return jnp.matmul(x, kernel, precision="highest")
+
+    def ours(x, kernel):
+        return matmul(x, kernel.T if transposed else kernel, transposed)
+
+    @jax.jit
+    def both(x, kernel, grad):
+        y, pullback = jax.vjp(ours, x, kernel)
+        wide = [a.astype(jnp.float32) for a in (x, kernel, grad)]
+        want, want_pullback = jax.vjp(exact, *wide[:2])
+        return (y, *pullback(grad)), (want, *want_pullback(wide[2]))
+
+    got, want = both(x, kernel, grad)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert a.shape == b.shape
+        # One rounding to bfloat16, after sums in float32 of at most 64 terms.
+        terms = 64 * 2**-24 * np.abs(np.asarray(b)).max()
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=8 * terms)
 
 
 def test_lora_initial_values(store):

@@ -13,7 +13,7 @@ from flax import nnx
 from ktjax.models.attention import Attention, KVCache, Positions, rotary
 from ktjax.models.config import ModelConfig
 from ktjax.nn import GatedMLP, MoELayer, Routing, load_balancing_loss
-from ktjax.nn.dense import dot_general, linear
+from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
 
 Array = Any
@@ -200,9 +200,7 @@ class Decoder(nnx.Module):
         """Hidden `[..., hidden]` -> logits `[..., vocab]` in the model's dtype."""
         if self.head is not None:
             return self.head(hidden)
-        table = self.embed.embedding[...]
-        last = hidden.ndim - 1
-        return dot_general(hidden, table, (((last,), (1,)), ((), ())))
+        return matmul(hidden, self.embed.embedding[...], True)
 
     @overload
     def __call__(

@@ -120,6 +120,12 @@ def test_doctor(capsys, monkeypatch):
         assert words in out
 
 
+def test_doctor_of_this_machine(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert backend.describe()["isa"] in out
+
+
 def test_import_touches_no_device():
     environment = {**os.environ, "JAX_PLATFORMS": "none_such"}
     subprocess.run(

@@ -14,11 +14,11 @@ import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ktjax import backend
-from ktjax.experts_arrays import owned
 from ktjax.experts_buffer import KExpertsSFTBuffer
 from ktjax.lora import LoRA
 from ktjax.ops.api import moe
@@ -195,6 +195,5 @@ def forward_registered(
         rows[...] = x.reshape(rows.shape)
         slots[...] = ids.reshape(slots.shape)
         shares[...] = w.reshape(shares.shape)
-        return owned(
-            np.asarray(backend.forward_registered(loaded.store, rows, slots, shares))
-        ).reshape(x.shape)
+        y = backend.forward_registered(loaded.store, rows, slots, shares)
+    return jnp.asarray(y).reshape(x.shape)

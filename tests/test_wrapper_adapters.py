@@ -18,7 +18,6 @@ from wrapper_support import (
     assert_close,
     base_arrays,
     inputs,
-    install_backend_standin,
     lora_arrays,
     make_wrapper,
     record_registrations,
@@ -29,11 +28,6 @@ from wrapper_support import (
 from ktjax import experts_state
 from ktjax.experts_sft_base import LORA_NAMES
 from ktjax.io.safetensors import save_file
-
-
-@pytest.fixture(autouse=True)
-def _backend(monkeypatch):
-    install_backend_standin(monkeypatch)
 
 
 def test_adapters_are_lora_params():
@@ -276,7 +270,7 @@ def test_load_weights_errors(tmp_path):
     )
     with refuses(
         ValueError,
-        "load_weights: gate of layer 2 must have shape (5, 20, 25), got (5, 20, 24)",
+        "load_weights: gate of layer 2 must have shape (5, 40, 25), got (5, 40, 24)",
     ):
         wide.load_weights()
 

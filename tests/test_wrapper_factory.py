@@ -2,21 +2,20 @@
 
 import dataclasses
 import inspect
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 
 import pytest
-from wrapper_support import arguments, install_backend_standin, make_wrapper, refuses
+from wrapper_support import arguments, make_wrapper, refuses
 
 from ktjax import backend
 from ktjax.config import LoRAConfig, MoEConfig
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_base import BaseMoEWrapper, _MoEBase
 from ktjax.experts_sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper
-
-
-@pytest.fixture(autouse=True)
-def _backend(monkeypatch):
-    install_backend_standin(monkeypatch)
 
 
 def test_signature_is_the_published_one():
@@ -161,7 +160,8 @@ def test_settings_are_checked(change, message):
 
 
 def test_rank_256_is_allowed():
-    assert KTMoEWrapper(**arguments(lora_rank=256, lora_alpha=64)).lora_scaling == 0.25
+    wrapper = make_wrapper(weights=False, lora=False, lora_rank=256, lora_alpha=64)
+    assert wrapper.lora_scaling == 0.25
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_SIZES)
@@ -212,6 +212,47 @@ def test_another_pool_configuration_is_an_error():
     with pytest.raises(RuntimeError, match=r"ktjax\.backend\.release_pool\(\)"):
         KTMoEWrapper(**arguments(cpuinfer_threads=more))
     assert backend.get_pool() is running
+
+
+def test_released_pool_may_have_another_configuration():
+    """In a process of its own: other tests' stores keep this one's pool."""
+    program = """
+from wrapper_support import arguments, base_arrays, inputs, lora_arrays
+from ktjax import backend
+from ktjax.config import PoolConfig
+from ktjax.experts import KTMoEWrapper
+
+backend.get_pool(PoolConfig(1, 1))
+results = []
+for threads, subpools in ((1, 1), (1, 2)):
+    sizes = arguments(cpuinfer_threads=threads, threadpool_count=subpools)
+    wrapper = KTMoEWrapper(**sizes)
+    assert wrapper.cpu_infer.config == PoolConfig(threads, subpools)
+    wrapper.load_weights_from_arrays(*base_arrays())
+    wrapper.init_lora_weights(*lora_arrays())
+    results.append(wrapper.forward_sft(*inputs(), save_for_backward=False))
+    try:
+        backend.release_pool()
+    except RuntimeError as error:
+        assert "stores still use" in str(error), error
+    else:
+        raise AssertionError("the pool went away under an open wrapper")
+    wrapper.close()
+    backend.release_pool()
+    backend.get_pool(PoolConfig(1, 2))
+assert abs(results[0] - results[1]).max() < 0.006 * abs(results[0]).max()
+print("done")
+"""
+    tests = pathlib.Path(__file__).parent
+    paths = [str(tests), str(tests.parent), *sys.path]
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout == "done\n", run.stderr
 
 
 def test_invalid_sizes_do_not_touch_the_pool(monkeypatch):
@@ -273,7 +314,7 @@ def test_inference_refuses_training(method, message):
 
 def test_inference_base_is_abstract_and_checks_sizes():
     with pytest.raises(TypeError, match="abstract"):
-        BaseMoEWrapper(**inference_arguments())
+        BaseMoEWrapper(**inference_arguments())  # type: ignore[abstract]
     with refuses(ValueError, "hidden_size must be positive, got 0"):
         InferenceWrapper(**inference_arguments(hidden_size=0))
     with refuses(ValueError, "num_gpu_experts must be within 0..5, got 6"):

@@ -1,5 +1,7 @@
 """The training wrapper's eager methods: accuracy, order, checks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +15,6 @@ from wrapper_support import (
     assert_close,
     base_arrays,
     inputs,
-    install_backend_standin,
     lora_arrays,
     make_wrapper,
     output_gradient,
@@ -24,11 +25,6 @@ from wrapper_support import (
 
 import ktjax
 from ktjax import backend, experts_buffer, experts_state
-
-
-@pytest.fixture(autouse=True)
-def _backend(monkeypatch):
-    install_backend_standin(monkeypatch)
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -186,18 +182,17 @@ def test_full_and_empty_stack():
 
 
 def test_eager_calls_compile_once():
+    functions: list[Any] = [experts_state.forward_saving, experts_state.pull_back]
     wrapper = make_wrapper()
     x, ids, w = inputs(tokens=11)
     wrapper.forward_sft(x, ids, w)
     wrapper.backward(x)
-    compiled = experts_state.forward_saving._cache_size()
-    pulled = experts_state.pull_back._cache_size()
+    compiled = [function._cache_size() for function in functions]
     for seed in range(3):
         wrapper.init_lora_weights(*lora_arrays(seed))
         wrapper.forward_sft(x, ids, w)
         wrapper.backward(x)
-    assert experts_state.forward_saving._cache_size() == compiled
-    assert experts_state.pull_back._cache_size() == pulled
+    assert [function._cache_size() for function in functions] == compiled
 
 
 def test_weights_not_loaded():

@@ -14,9 +14,10 @@ import pytest
 import ktjax
 from ktjax import backend
 from ktjax.experts import KTMoEWrapper
+from ktjax.experts_sft import AMXSFTMoEWrapper
 from ktjax.experts_sft_base import LORA_NAMES
 
-EXPERTS, PER_TOKEN, HIDDEN, INNER, RANK, TOKENS = 5, 2, 24, 20, 3, 7
+EXPERTS, PER_TOKEN, HIDDEN, INNER, RANK, TOKENS = 5, 2, 24, 40, 3, 7
 GRAD_NAMES = [f"grad_{name}" for name in LORA_NAMES]
 LORA_SHAPES = dict(
     zip(
@@ -91,6 +92,7 @@ def inputs(tokens=TOKENS, seed=2, dtype=np.float32):
 def make_wrapper(*, weights=True, lora=True, **changes):
     """A training wrapper with weights and adapters."""
     wrapper = KTMoEWrapper(**arguments(**changes))
+    assert isinstance(wrapper, AMXSFTMoEWrapper)
     if weights:
         wrapper.load_weights_from_arrays(*base_arrays())
     if lora:
@@ -100,8 +102,8 @@ def make_wrapper(*, weights=True, lora=True, **changes):
 
 def reference(x, ids, w, lora, scaling, base=None):
     """The oracle on the same weights, in float32."""
-    base = [jnp.asarray(array, jnp.float32) for array in base or base_arrays()]
-    return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
+    gate, up, down = (jnp.asarray(a, jnp.float32) for a in base or base_arrays())
+    return ktjax.reference.moe(x, ids, w, gate, up, down, lora, scaling=scaling)
 
 
 @functools.partial(jax.jit, static_argnames="scaling")
@@ -132,29 +134,6 @@ def assert_close(actual, expected, bound=0.006):
     assert actual.shape == expected.shape
     distance = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
     assert distance <= bound, distance
-
-
-def install_backend_standin(monkeypatch):
-    """Where the native library is not built: its registration, over `ktjax.moe`."""
-    if hasattr(backend, "register_lora"):
-        return
-    registered = {}
-
-    def register_lora(store, lora, scaling):
-        registered[store.handle.tobytes()] = lora, scaling
-
-    def forward_registered(store, x, ids, w):
-        lora, scaling = registered[store.handle.tobytes()]
-        return np.asarray(
-            jax.jit(ktjax.moe, static_argnames="scaling")(
-                jnp.array(x), jnp.array(ids), jnp.array(w), store, lora, scaling=scaling
-            )
-        )
-
-    monkeypatch.setattr(backend, "register_lora", register_lora, raising=False)
-    monkeypatch.setattr(
-        backend, "forward_registered", forward_registered, raising=False
-    )
 
 
 def record_registrations(monkeypatch):

@@ -1,10 +1,11 @@
 // The AMX kernels on emulated tiles: the same code path, on any CPU. For tests.
+#include "tile/amx_emulated.h"
+
 #include "gemm/amx_impl.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_generic.h"
-#include "tile/amx_emulated.h"
 #ifdef KTJAX_COUNT_TILES
 #include "tile/tile_counts.h"
 #endif
@@ -28,7 +29,10 @@ const Kernels kAmxEmulatedKernels = {
     .pack_outputs_bf16 = GenericPackOutputs<bf16>,
     .pack_depths_f32 = GenericPackDepths<float>,
     .pack_depths_bf16 = GenericPackDepths<bf16>,
-    .to_bf16 = GenericToBf16,
+    .pack_outputs_low = GenericPackOutputs<float, Part::kLow>,
+    .pack_depths_low = GenericPackDepths<float, Part::kLow>,
+    .to_bf16 = GenericToBf16<Part::kHigh>,
+    .to_bf16_low = GenericToBf16<Part::kLow>,
     .enter = AmxEmulatedGemm::Enter,
     .leave = AmxEmulatedGemm::Leave,
     .epilogues = &kEpilogues,

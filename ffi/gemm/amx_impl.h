@@ -1,13 +1,13 @@
 // The product with AMX tiles, over any implementation of the tile instructions.
 //
 // Rows go in groups of 32, which multiply two strips at a time: 2 x 2 tiles of c, four
-// loads for four products. What is left is a group of its own: 17 to 31 rows in the same
-// way, with fewer rows in the second tile; up to 16 rows as 1 x 4 tiles, five loads for
-// four products. So no tile holds rows that are not there: none is read or written, and
-// no time goes into them.
+// loads for four products. What is left is a group of its own: 17 to 31 rows in the
+// same way, with fewer rows in the second tile; up to 16 rows as 1 x 4 tiles, five
+// loads for four products. So no tile holds rows that are not there: none is read or
+// written, and no time goes into them.
 //
-// Tile numbers: c is 0..3 (2 x 2: 2 * row tile + strip; 1 x 4: strip), a is 4 and 5, b is
-// 6 and 7.
+// Tile numbers: c is 0..3 (2 x 2: 2 * row tile + strip; 1 x 4: strip), a is 4 and 5, b
+// is 6 and 7.
 //
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_AMX_IMPL_H_
@@ -27,9 +27,10 @@ namespace {
 constexpr int kAmxMaxRows = 64;
 constexpr int kAmxRowStep = 2 * kTileMaxRows;
 
-// Groups of 32 rows go through the depth in blocks of about 8 steps of 32: 16 KiB of rows
-// that the second pair of strips finds in L1, where straight through all depths every
-// tile would come from L2, at 64 bytes a cycle of TDPBF16PS: more than L2 delivers.
+// Groups of 32 rows go through the depth in blocks of about 8 steps of 32: 16 KiB of
+// rows that the second pair of strips finds in L1, where straight through all depths
+// every tile would come from L2, at 64 bytes a cycle of TDPBF16PS: more than L2
+// delivers.
 constexpr int kBlockSteps = 8;
 
 constexpr int kPairsPerStep = kDepth / 2;
@@ -45,7 +46,9 @@ struct SumPosition {
   int step;
 };
 
-inline int StepsOf(const Term& term) { return static_cast<int>(CeilDiv(term.depth, kDepth)); }
+inline int StepsOf(const Term& term) {
+  return static_cast<int>(CeilDiv(term.depth, kDepth));
+}
 
 template <typename Tiles>
 class AmxGemm {
@@ -174,7 +177,8 @@ class AmxGemm {
                       int strips, Prefetch* prefetch) {
     const Term& term = *at.term;
     int mask = 0, fed_before = 0;
-    for (int strip = term.first_strip; strip < first + width; strip += term.strip_step) {
+    for (int strip = term.first_strip; strip < first + width;
+         strip += term.strip_step) {
       if (strip < first) {
         ++fed_before;
       } else {
@@ -183,8 +187,7 @@ class AmxGemm {
     }
     const ptrdiff_t pair = 2 * kStrip * TermWidth(term, strips);
     const bf16* a = term.a + row * term.a_stride + at.step * kDepth;
-    const bf16* b =
-        term.b + at.step * kPairsPerStep * pair + 2 * kStrip * fed_before;
+    const bf16* b = term.b + at.step * kPairsPerStep * pair + 2 * kStrip * fed_before;
     const Operands operands = {reinterpret_cast<const char*>(a),
                                static_cast<ptrdiff_t>(sizeof(bf16)) * term.a_stride,
                                reinterpret_cast<const char*>(b),
@@ -214,11 +217,20 @@ class AmxGemm {
       while (count > 0) {
         const PrefetchRun run = NextRun(prefetch, count, kPairsPerStep);
         switch (run.lines_per_step / kPairsPerStep) {
-          case 0: AddSteps<kRowTiles, kMask, 0>(operands, run); break;
-          case 1: AddSteps<kRowTiles, kMask, 1>(operands, run); break;
-          case 2: AddSteps<kRowTiles, kMask, 2>(operands, run); break;
-          case 3: AddSteps<kRowTiles, kMask, 3>(operands, run); break;
-          default: AddSteps<kRowTiles, kMask, kPrefetchLines>(operands, run);
+          case 0:
+            AddSteps<kRowTiles, kMask, 0>(operands, run);
+            break;
+          case 1:
+            AddSteps<kRowTiles, kMask, 1>(operands, run);
+            break;
+          case 2:
+            AddSteps<kRowTiles, kMask, 2>(operands, run);
+            break;
+          case 3:
+            AddSteps<kRowTiles, kMask, 3>(operands, run);
+            break;
+          default:
+            AddSteps<kRowTiles, kMask, kPrefetchLines>(operands, run);
         }
         operands.a += static_cast<ptrdiff_t>(kTileRowBytes) * run.steps;
         operands.b += kPairsPerStep * operands.b_stride * run.steps;
@@ -239,7 +251,8 @@ class AmxGemm {
     for (const char* end = a + static_cast<ptrdiff_t>(kTileRowBytes) * run.steps;
          a != end; a += kTileRowBytes) {
       Tiles::template Load<4>(a, operands.a_stride);
-      if constexpr (kRowTiles == 2) Tiles::template Load<5>(second_a, operands.a_stride);
+      if constexpr (kRowTiles == 2)
+        Tiles::template Load<5>(second_a, operands.a_stride);
       AddStrip<kRowTiles, kMask, 0, kLines>(b, operands.b_stride, run.line);
       AddStrip<kRowTiles, kMask, 1, kLines>(b, operands.b_stride, run.line);
       if constexpr (kRowTiles == 1) {
@@ -264,8 +277,8 @@ class AmxGemm {
       if constexpr (kRowTiles == 2) Tiles::template Dot<2 + kStripOfC, 5, kB>();
       constexpr int kLinesPerStep = kPairsPerStep * kLines;
 #pragma GCC unroll 64
-      for (int i = kLinesPerStep * kIndex / kFed; i < kLinesPerStep * (kIndex + 1) / kFed;
-           ++i) {
+      for (int i = kLinesPerStep * kIndex / kFed;
+           i < kLinesPerStep * (kIndex + 1) / kFed; ++i) {
         _mm_prefetch(line + kCacheLine * i, _MM_HINT_T1);
       }
     }

@@ -1,4 +1,5 @@
-// Kernels for AVX-512 (F, BW, DQ, VL) without bfloat16 instructions: Skylake to Ice Lake.
+// Kernels for AVX-512 (F, BW, DQ, VL) without bfloat16 instructions: Skylake to Ice
+// Lake.
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/isa.h"
@@ -18,7 +19,10 @@ const Kernels kAvx512Kernels = {
     .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
     .pack_depths_f32 = Avx512PackDepths<float>,
     .pack_depths_bf16 = Avx512PackDepths<bf16>,
-    .to_bf16 = Avx512ToBf16,
+    .pack_outputs_low = Avx512PackOutputs<float, Part::kLow>,
+    .pack_depths_low = Avx512PackDepths<float, Part::kLow>,
+    .to_bf16 = Avx512ToBf16<Part::kHigh>,
+    .to_bf16_low = Avx512ToBf16<Part::kLow>,
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,

@@ -4,8 +4,8 @@
 // shift or one mask per vector, shared by all rows of the tile. Rows are decoded once
 // per kBlock depths to L1, where broadcasts cost a load and no arithmetic.
 //
-// Each value of c sees its depths in ascending order, even before odd, whatever tile its
-// row falls into.
+// Each value of c sees its depths in ascending order, even before odd, whatever tile
+// its row falls into.
 #ifndef KTJAX_FFI_GEMM_FMA_GEMM_H_
 #define KTJAX_FFI_GEMM_FMA_GEMM_H_
 
@@ -20,15 +20,15 @@ using Float = Vector::Float;
 
 constexpr int kVectorsPerStrip = kStrip / Vector::kLanes;
 
-// Registers for sums: the others hold one decoded vector per column, a broadcast and the
-// mask of the odd halves.
+// Registers for sums: the others hold one decoded vector per column, a broadcast and
+// the mask of the odd halves.
 constexpr int kSumRegisters = Vector::kRegisters * 3 / 4;
 
 // Rows that are decoded together: two vectors wide, they fill the sum registers.
 constexpr int kTileRows = kSumRegisters / 2;
 
-// Depths per block: the decoded rows (12 KiB with AVX-512, 6 with AVX2) leave room in L1
-// for the panel and c, and loading and storing c costs 1/128 of the products.
+// Depths per block: the decoded rows (12 KiB with AVX-512, 6 with AVX2) leave room in
+// L1 for the panel and c, and loading and storing c costs 1/128 of the products.
 constexpr int kBlock = 256;
 
 // The columns of a tile of kRows rows, in strips: as many as the sum registers hold.
@@ -40,13 +40,12 @@ constexpr int TileStrips() {
   return 1;
 }
 
-// sum[r] += a[r] . b over the pairs of `run`; a is decoded, with rows kBlock apart, and b
-// points to the first of kStrips strips of a panel whose pairs are b_stride apart.
+// sum[r] += a[r] . b over the pairs of `run`; a is decoded, with rows kBlock apart, and
+// b points to the first of kStrips strips of a panel whose pairs are b_stride apart.
 template <int kRows, int kStrips>
-[[gnu::always_inline]] inline void AddPairs(const float* a, const bf16* b,
-                                            ptrdiff_t b_stride, const PrefetchRun& run,
-                                            Float (&sum)[kRows][kStrips *
-                                                                kVectorsPerStrip]) {
+[[gnu::always_inline]] inline void AddPairs(
+    const float* a, const bf16* b, ptrdiff_t b_stride, const PrefetchRun& run,
+    Float (&sum)[kRows][kStrips * kVectorsPerStrip]) {
   constexpr int kVectors = kStrips * kVectorsPerStrip;
   const char* line = run.line;
   for (int pair = 0; pair < run.steps; ++pair, a += 2, b += b_stride) {
@@ -73,7 +72,8 @@ template <int kRows, int kStrips>
   }
 }
 
-// One block of one term on kStrips of its strips. `load` is false where c starts from 0.
+// One block of one term on kStrips of its strips. `load` is false where c starts from
+// 0.
 template <int kRows, int kStrips>
 void Tile(const float* a, const bf16* b, ptrdiff_t b_stride, int pairs, float* c,
           int strip_step, bool load, Prefetch* prefetch) {
@@ -167,7 +167,7 @@ inline void FmaGemm(const Term* terms, int n_terms, int rows, int strips, float*
                     bool accumulate, Prefetch* prefetch) {
   using Rows = void (*)(const Term*, int, int, int, float*, bool, Prefetch*);
   static constexpr Rows kRows[] = {
-      RunRows<1>, RunRows<2>, RunRows<3>, RunRows<4>, RunRows<5>, RunRows<6>,
+      RunRows<1>, RunRows<2>, RunRows<3>, RunRows<4>,  RunRows<5>,  RunRows<6>,
 #ifdef __AVX512F__
       RunRows<7>, RunRows<8>, RunRows<9>, RunRows<10>, RunRows<11>, RunRows<12>,
 #endif

@@ -1,6 +1,6 @@
-// A register of float32 and how to read bfloat16 pairs into it: AVX-512 where the file is
-// compiled for it, else AVX2.
-// Everything is static: a file compiled with ISA flags must not share code with others.
+// A register of float32 and how to read bfloat16 pairs into it: AVX-512 where the file
+// is compiled for it, else AVX2. Everything is static: a file compiled with ISA flags
+// must not share code with others.
 #ifndef KTJAX_FFI_GEMM_VECTOR_H_
 #define KTJAX_FFI_GEMM_VECTOR_H_
 

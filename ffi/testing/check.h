@@ -21,15 +21,15 @@ struct CheckCounts {
 inline CheckCounts check_counts;
 
 // Counts `condition`; when it is false prints it with the printf-style arguments.
-#define KTJAX_CHECK(condition, ...)                                        \
-  do {                                                                     \
-    if (condition) {                                                       \
-      ++::ktjax::check_counts.passed;                                      \
-    } else if (++::ktjax::check_counts.failed <= 50) {                     \
-      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);  \
-      std::printf(__VA_ARGS__);                                            \
-      std::printf("\n");                                                   \
-    }                                                                      \
+#define KTJAX_CHECK(condition, ...)                                       \
+  do {                                                                    \
+    if (condition) {                                                      \
+      ++::ktjax::check_counts.passed;                                     \
+    } else if (++::ktjax::check_counts.failed <= 50) {                    \
+      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                           \
+      std::printf("\n");                                                  \
+    }                                                                     \
   } while (false)
 
 // Prints the counts; what main returns.
@@ -49,10 +49,13 @@ class Random {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
   }
-  int Below(int limit) { return static_cast<int>(Bits() % static_cast<uint64_t>(limit)); }
+  int Below(int limit) {
+    return static_cast<int>(Bits() % static_cast<uint64_t>(limit));
+  }
   // In [-1, 1), with 24 bits.
   float Value() {
-    return static_cast<float>(static_cast<int64_t>(Bits() >> 39) - (1 << 24)) * 0x1p-24f;
+    return static_cast<float>(static_cast<int64_t>(Bits() >> 39) - (1 << 24)) *
+           0x1p-24f;
   }
 
  private:

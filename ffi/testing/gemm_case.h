@@ -33,8 +33,11 @@ class GemmCase {
   const std::vector<float>& start() const { return start_; }
   bf16* a(int term) const { return a_[term]->data(); }
   size_t a_size(int term) const { return a_[term]->size(); }
+  bf16* b(int term) const { return b_[term]->data(); }
+  size_t b_size(int term) const { return b_[term]->size(); }
 
-  // The terms for the last `rows` rows, so that the last row of every a ends at a guard.
+  // The terms for the last `rows` rows, so that the last row of every a ends at a
+  // guard.
   std::vector<Term> Terms(int rows) const {
     std::vector<Term> terms = terms_;
     for (Term& term : terms) term.a += (rows_ - rows) * term.a_stride;
@@ -66,12 +69,12 @@ class GemmCase {
     return {c.data(), c.data() + c.size()};
   }
 
-  // Compares c of all rows with float64. The bound is that of a float32 sum in any
-  // order: one rounding of 2^-24 per addition, of sums no larger than the sum of the
-  // magnitudes (and one more per product, for hardware that rounds it).
-  void CheckValues(const Kernels& kernels, const std::vector<float>& c,
-                   bool accumulate) const {
-    for (int r = 0; r < rows_; ++r) {
+  // Compares c of every `row_step`-th row with float64. The bound is that of a float32
+  // sum in any order: one rounding of 2^-24 per addition, of sums no larger than the
+  // sum of the magnitudes (and one more per product, for hardware that rounds it).
+  void CheckValues(const Kernels& kernels, const std::vector<float>& c, bool accumulate,
+                   int row_step) const {
+    for (int r = 0; r < rows_; r += row_step) {
       for (int n = 0; n < kStrip * strips_; ++n) {
         double sum = 0, magnitude = 0;
         int depth = 2;
@@ -79,9 +82,10 @@ class GemmCase {
         magnitude = std::fabs(magnitude);
         for (const Term& term : terms_) AddProducts(term, r, n, sum, magnitude, depth);
         const float got = c[static_cast<size_t>(r) * kPanel + n];
-        KTJAX_CHECK(std::fabs(got - sum) <= depth * 0x1p-23 * magnitude,
-                    "%s: row %d of %d, output %d of %d strips, depth %d: %.9g, not %.9g",
-                    kernels.name, r, rows_, n, strips_, terms_[0].depth, got, sum);
+        KTJAX_CHECK(
+            std::fabs(got - sum) <= depth * 0x1p-23 * magnitude,
+            "%s: row %d of %d, output %d of %d strips, depth %d: %.9g, not %.9g",
+            kernels.name, r, rows_, n, strips_, terms_[0].depth, got, sum);
       }
     }
   }
@@ -105,8 +109,8 @@ class GemmCase {
             d < shape.depth ? RoundToBf16(random.Value()) : 0;
       }
     }
-    terms_.push_back({a.data(), stride, b.data(), shape.depth, shape.first_strip,
-                      shape.strip_step});
+    terms_.push_back(
+        {a.data(), stride, b.data(), shape.depth, shape.first_strip, shape.strip_step});
   }
 
   int Width(int first_strip, int strip_step) const {

@@ -34,17 +34,19 @@ class KernelSuite {
     std::vector<int> counts;
     for (int rows = 1; rows <= kernels_.max_rows; ++rows) {
       const int past = rows % kStrip;
-      if (!small_ || rows == 7 || past <= 1 || past == kStrip - 1) counts.push_back(rows);
+      if (!small_ || rows == 7 || past <= 1 || past == kStrip - 1)
+        counts.push_back(rows);
     }
     return counts;
   }
 
-  // Checks one call with all rows against float64, and calls with fewer rows against
-  // that: the same rows must have the same bits.
+  // Checks one call with all rows against float64 (an emulated machine: some rows,
+  // which differ in their place in a tile), and calls with fewer rows against that: the
+  // same rows must have the same bits.
   void TestCase(const GemmCase& gemm_case, bool accumulate) {
     const int all = gemm_case.rows();
     const std::vector<float> expected = gemm_case.Run(kernels_, all, accumulate);
-    gemm_case.CheckValues(kernels_, expected, accumulate);
+    gemm_case.CheckValues(kernels_, expected, accumulate, small_ ? 7 : 1);
     for (const int rows : RowCounts()) {
       const std::vector<float> c = gemm_case.Run(kernels_, rows, accumulate);
       CheckSameRows(c, expected, rows, gemm_case, "with fewer rows");
@@ -65,9 +67,9 @@ class KernelSuite {
   }
 
   void TestOneTerm() {
-    const std::vector<int> depths = small_
-                                        ? std::vector<int>{2, 34, 288}
-                                        : std::vector<int>{2, 16, 30, 32, 34, 64, 96, 768};
+    const std::vector<int> depths =
+        small_ ? std::vector<int>{2, 34, 288}
+               : std::vector<int>{2, 16, 30, 32, 34, 64, 96, 768};
     for (int strips = 1; strips <= kPanelStrips; ++strips) {
       for (const int depth : depths) {
         const GemmCase gemm_case(kernels_.max_rows, strips, {{depth}}, depth + strips);
@@ -79,8 +81,8 @@ class KernelSuite {
 
   void TestManyTerms() {
     for (int strips = 1; strips <= kPanelStrips; ++strips) {
-      // LoRA's terms of gate and up; the same after, before and around a long term; terms
-      // that end within and at the end of a kernel's block of depths.
+      // LoRA's terms of gate and up; the same after, before and around a long term;
+      // terms that end within and at the end of a kernel's block of depths.
       std::vector<std::vector<TermShape>> cases = {
           {{64}, {16, 0, 2}},
           {{8, 0, 2}, {34}},
@@ -95,7 +97,7 @@ class KernelSuite {
       for (const std::vector<TermShape>& shapes : cases) {
         if (small_ && shapes[0].depth > 500) continue;
         const GemmCase gemm_case(kernels_.max_rows, strips, shapes, strips);
-        TestCase(gemm_case, false);
+        if (!small_) TestCase(gemm_case, false);
         TestCase(gemm_case, true);
       }
     }
@@ -106,13 +108,14 @@ class KernelSuite {
     constexpr int kChunks = 3, kChunkBytes = 2048, kStride = 3000;
     static const char memory[kChunks * kStride] = {};
     for (int strips = 1; strips <= kPanelStrips; ++strips) {
-      for (int lines = 1; lines <= 4; ++lines) {
-        for (const int rows : {1, kernels_.max_rows / 2 + 1, kernels_.max_rows}) {
-          const GemmCase gemm_case(kernels_.max_rows, strips, {{320}, {16, 0, 2}}, lines);
-          const std::vector<float> expected = gemm_case.Run(kernels_, rows, false);
-          Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes, 0, lines};
-          // One call may cover 16 KiB and more; that many always do.
-          for (int call = 0; call < 4; ++call) {
+      const GemmCase gemm_case(kernels_.max_rows, strips, {{320}, {16, 0, 2}}, strips);
+      for (const int rows : {1, kernels_.max_rows / 2 + 1, kernels_.max_rows}) {
+        const std::vector<float> expected = gemm_case.Run(kernels_, rows, false);
+        for (int lines = 1; lines <= 4; ++lines) {
+          Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes,
+                            0,      lines};
+          // The 160 pairs of a call are worth at least one line each.
+          for (int call = 0; call < 2; ++call) {
             const std::vector<float> c =
                 gemm_case.Run(kernels_, rows, false, &prefetch);
             CheckSameRows(c, expected, rows, gemm_case, "with prefetching");

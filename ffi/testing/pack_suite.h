@@ -39,7 +39,8 @@ class PackSuite {
   static bf16 Rounded(bf16 value) { return value; }
 
   std::vector<int> Depths() const {
-    return small_ ? std::vector<int>{1, 16, 47} : std::vector<int>{1, 2, 15, 16, 31, 32, 33, 47, 64, 100};
+    return small_ ? std::vector<int>{1, 16, 47}
+                  : std::vector<int>{1, 2, 15, 16, 31, 32, 33, 47, 64, 100};
   }
   std::vector<int> Outputs(int strips) const {
     std::vector<int> outputs = {0, 1, 15, kStrip * strips - 1, kStrip * strips};
@@ -75,7 +76,8 @@ class PackSuite {
   // `at(n, d)` gives a value; strips [1, 1 + strips) of a panel that is two wider. The
   // other strips must stay as they are.
   template <typename At, typename Pack>
-  void TestPack(int outputs, int depth, int strips, At at, Pack pack, const char* what) {
+  void TestPack(int outputs, int depth, int strips, At at, Pack pack,
+                const char* what) {
     const int padded = static_cast<int>(RoundUp(depth, kDepth));
     const ptrdiff_t stride = 2 * kStrip * (strips + 2);
     Guarded<bf16> panel(padded / 2 * stride);
@@ -112,9 +114,11 @@ class PackSuite {
           [&](int n, int d) { return Rounded(source.rows.row(n)[d]); },
           [&](bf16* dst, ptrdiff_t stride) {
             if constexpr (std::is_same_v<T, float>) {
-              kernels_.pack_outputs_f32(source.rows, outputs, depth, strips, dst, stride);
+              kernels_.pack_outputs_f32(source.rows, outputs, depth, strips, dst,
+                                        stride);
             } else {
-              kernels_.pack_outputs_bf16(source.rows, outputs, depth, strips, dst, stride);
+              kernels_.pack_outputs_bf16(source.rows, outputs, depth, strips, dst,
+                                         stride);
             }
           },
           "pack_outputs");
@@ -131,9 +135,11 @@ class PackSuite {
           [&](int n, int d) { return Rounded(source.rows.row(d)[n]); },
           [&](bf16* dst, ptrdiff_t stride) {
             if constexpr (std::is_same_v<T, float>) {
-              kernels_.pack_depths_f32(source.rows, depth, outputs, strips, dst, stride);
+              kernels_.pack_depths_f32(source.rows, depth, outputs, strips, dst,
+                                       stride);
             } else {
-              kernels_.pack_depths_bf16(source.rows, depth, outputs, strips, dst, stride);
+              kernels_.pack_depths_bf16(source.rows, depth, outputs, strips, dst,
+                                        stride);
             }
           },
           "pack_depths");
@@ -186,7 +192,8 @@ class PackSuite {
       Guarded<float> src(count);
       Guarded<bf16> dst(count);
       std::vector<bf16> expected;
-      for (int i = 0; i < count; ++i) expected.push_back(RoundToBf16(src[i] = random.Value()));
+      for (int i = 0; i < count; ++i)
+        expected.push_back(RoundToBf16(src[i] = random.Value()));
       kernels_.to_bf16(src.data(), dst.data(), count);
       CheckPanel("to_bf16 of few", dst, expected);
     }

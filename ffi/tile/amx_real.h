@@ -1,9 +1,9 @@
 // The AMX tile instructions.
 //
 // In assembly: the compiler's own intrinsics take the tile's number as a preprocessor
-// token, and those of gcc 12 misstate which memory they touch (_tile_loadconfig declares
-// 8 of its 64 bytes, _tile_storeconfig and _tile_loadd none).
-// Everything is static: a file compiled with ISA flags must not share code with others.
+// token, and those of gcc 12 misstate which memory they touch (_tile_loadconfig
+// declares 8 of its 64 bytes, _tile_storeconfig and _tile_loadd none). Everything is
+// static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_TILE_AMX_REAL_H_
 #define KTJAX_FFI_TILE_AMX_REAL_H_
 

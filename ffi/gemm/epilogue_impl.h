@@ -82,45 +82,67 @@ inline void Sigmoid(const F32x16& x, F32x16& sigma) {
   sigma = 1.0f / (1.0f + e);
 }
 
-inline void SwiGlu(const float* c, int rows, int strips, bf16* h, ptrdiff_t h_stride,
-                   const int32_t* index, bf16* gate, bf16* up, ptrdiff_t stride) {
+inline void LoadSplit(const SplitRows& rows, ptrdiff_t at, F32x16& value) {
+  Load(rows.high + at, value);
+  if (rows.low) {
+    F32x16 low;
+    Load(rows.high + at + rows.low, low);
+    value += low;
+  }
+}
+
+// The first `count` lanes, in both parts where there are two.
+inline void StoreSplit(const F32x16& value, int count, const SplitRows& rows,
+                       ptrdiff_t at) {
+  if (rows.low) {
+    bf16 lanes[kStrip];
+    F32x16 rounded;
+    Store(value, lanes);
+    Load(lanes, rounded);
+    StoreSome(value - rounded, count, rows.high + at + rows.low);
+  }
+  StoreSome(value, count, rows.high + at);
+}
+
+inline void SwiGlu(const float* c, int rows, int strips, SplitRows h,
+                   const int32_t* index, SplitRows gate, SplitRows up) {
   for (int r = 0; r < rows; ++r) {
-    const ptrdiff_t kept = (index ? index[r] : r) * stride;
+    const ptrdiff_t kept = (index ? index[r] : r) * gate.stride;
     for (int p = 0; p < strips / 2; ++p) {
       F32x16 g, u, sigma;
       Load(c + r * kPanel + 2 * kStrip * p, g);
       Load(c + r * kPanel + 2 * kStrip * p + kStrip, u);
       Sigmoid(g, sigma);
-      Store(g * sigma * u, h + r * h_stride + kStrip * p);
-      if (gate) {
-        Store(g, gate + kept + kStrip * p);
-        Store(u, up + kept + kStrip * p);
+      StoreSplit(g * sigma * u, kStrip, h, r * h.stride + kStrip * p);
+      if (gate.high) {
+        StoreSplit(g, kStrip, gate, kept + kStrip * p);
+        StoreSplit(u, kStrip, up, kept + kStrip * p);
       }
     }
   }
 }
 
 inline void SwiGluGrad(const float* c, int rows, int strips, const float* weights,
-                       const int32_t* index, const bf16* gate, const bf16* up,
-                       ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h,
-                       ptrdiff_t out_stride, float* dots, ptrdiff_t dots_stride) {
+                       const int32_t* index, SplitRows gate, SplitRows up,
+                       SplitRows d_gate, SplitRows d_up, SplitRows h, float* dots,
+                       ptrdiff_t dots_stride) {
   for (int r = 0; r < rows; ++r) {
     F32x16 dot = {};
-    const ptrdiff_t kept = (index ? index[r] : r) * stride;
+    const ptrdiff_t kept = (index ? index[r] : r) * gate.stride;
     for (int s = 0; s < strips; ++s) {
-      const ptrdiff_t in = kept + kStrip * s, out = r * out_stride + kStrip * s;
+      const ptrdiff_t in = kept + kStrip * s, out = r * d_gate.stride + kStrip * s;
       F32x16 dh, g, u, sigma;
       Load(c + r * kPanel + kStrip * s, dh);
-      Load(gate + in, g);
-      Load(up + in, u);
+      LoadSplit(gate, in, g);
+      LoadSplit(up, in, u);
       Sigmoid(g, sigma);
       const F32x16 silu = g * sigma;
       const F32x16 value = silu * u;
       dot += dh * value;
       dh *= weights[r];
-      Store(dh * u * (sigma * (1.0f + g * (1.0f - sigma))), d_gate + out);
-      Store(dh * silu, d_up + out);
-      if (h) Store(value, h + out);
+      StoreSplit(dh * u * (sigma * (1.0f + g * (1.0f - sigma))), kStrip, d_gate, out);
+      StoreSplit(dh * silu, kStrip, d_up, out);
+      if (h.high) StoreSplit(value, kStrip, h, out);
     }
     float sum = 0;
     for (int i = 0; i < kStrip; ++i) sum += dot[i];
@@ -165,23 +187,18 @@ void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t strid
   }
 }
 
-inline void StoreSplit(const float* c, int rows, int columns, int padded, float scale,
-                       bf16* high, bf16* low, ptrdiff_t stride) {
-  for (int r = 0; r < rows; ++r, high += stride, low += stride) {
+inline void StoreScaled(const float* c, int rows, int columns, int padded, float scale,
+                        SplitRows dst) {
+  for (int r = 0; r < rows; ++r) {
     for (int n = 0; n < columns; n += kStrip) {
-      F32x16 value, rounded;
-      bf16 lanes[kStrip];
+      F32x16 value;
       Load(c + r * kPanel + n, value);
-      value *= scale;
-      Store(value, lanes);
-      Load(lanes, rounded);
-      StoreSome(value, columns - n, high + n);
-      StoreSome(value - rounded, columns - n, low + n);
+      StoreSplit(value * scale, columns - n, dst, r * dst.stride + n);
     }
-    if (padded > columns) {
-      std::memset(high + columns, 0, sizeof(bf16) * (padded - columns));
-      std::memset(low + columns, 0, sizeof(bf16) * (padded - columns));
-    }
+    if (padded == columns) continue;
+    bf16* rest = dst.high + r * dst.stride + columns;
+    std::memset(rest, 0, sizeof(bf16) * (padded - columns));
+    if (dst.low) std::memset(rest + dst.low, 0, sizeof(bf16) * (padded - columns));
   }
 }
 
@@ -189,7 +206,7 @@ constexpr Epilogues kEpilogues = {
     .swiglu = SwiGlu,
     .swiglu_grad = SwiGluGrad,
     .scatter_add = ScatterAdd,
-    .store_split = StoreSplit,
+    .store_split = StoreScaled,
     .store_rows_f32 = StoreRows<float>,
     .store_rows_bf16 = StoreRows<bf16>,
     .store_columns_f32 = StoreColumns<float>,

@@ -59,33 +59,43 @@ struct Rows {
   const T* row(int i) const { return base + (index ? index[i] : i) * stride; }
 };
 
+// A value is carried as one bfloat16, or as the sum of two where it must be exact to
+// float32: high = bf16(v), low = bf16(v - high).
+enum class Part { kHigh, kLow };
+
+// Rows of such values: high parts, and low parts `low` elements further, or none (0).
+struct SplitRows {
+  bf16* high;
+  ptrdiff_t stride;
+  ptrdiff_t low;
+};
+
 // Element-wise steps between a product and memory, on a tile c (row stride kPanel).
 struct Epilogues {
   // c's strips alternate gate, up. For every pair of strips p:
-  //   h[r][16 p + i] = bf16(silu(gate) * up)
+  //   h[r][16 p + i] = silu(gate) * up
   // and gate and up themselves go to row index[r] (r when index is null) of two arrays,
   // when these are not null.
-  void (*swiglu)(const float* c, int rows, int strips, bf16* h, ptrdiff_t h_stride,
-                 const int32_t* index, bf16* gate, bf16* up, ptrdiff_t stride);
+  void (*swiglu)(const float* c, int rows, int strips, SplitRows h,
+                 const int32_t* index, SplitRows gate, SplitRows up);
 
   // c is the gradient of h before the routing weight. For row r:
   //   dots[r * dots_stride] = <c[r], h[r]>, then with dh = weights[r] * c[r]
   //   d_gate = dh * up * silu'(gate), d_up = dh * silu(gate), h = silu(gate) * up.
   // gate and up are read from row index[r] (r when index is null). h may be null.
   void (*swiglu_grad)(const float* c, int rows, int strips, const float* weights,
-                      const int32_t* index, const bf16* gate, const bf16* up,
-                      ptrdiff_t stride, bf16* d_gate, bf16* d_up, bf16* h,
-                      ptrdiff_t out_stride, float* dots, ptrdiff_t dots_stride);
+                      const int32_t* index, SplitRows gate, SplitRows up,
+                      SplitRows d_gate, SplitRows d_up, SplitRows h, float* dots,
+                      ptrdiff_t dots_stride);
 
   // out[tokens[r] * stride + n] += weights[r] * c[r][n]; weights may be null (ones).
   // Tokens of one call may repeat: rows are added in order.
   void (*scatter_add)(const float* c, int rows, int strips, const int32_t* tokens,
                       const float* weights, float* out, ptrdiff_t stride);
 
-  // Splits v = scale * c[r][n] in two: high[r * stride + n] = bf16(v) and
-  // low[r * stride + n] = bf16(v - high), for n < columns; zero up to `padded`.
+  // dst[r][n] = scale * c[r][n] for n < columns, zero up to `padded`.
   void (*store_split)(const float* c, int rows, int columns, int padded, float scale,
-                      bf16* high, bf16* low, ptrdiff_t stride);
+                      SplitRows dst);
 
   // Gradient tiles: dst[r * stride + n] = c[r][n], in either dtype, n < columns.
   void (*store_rows_f32)(const float* c, int rows, int columns, float* dst,
@@ -137,8 +147,15 @@ struct Kernels {
   void (*pack_depths_bf16)(Rows<bf16> src, int depth, int outputs, int strips,
                            bf16* dst, ptrdiff_t dst_stride);
 
-  // dst[i] = bf16(src[i]), round to nearest even.
+  // The same for the low parts of float32 values.
+  void (*pack_outputs_low)(Rows<float> src, int outputs, int depth, int strips,
+                           bf16* dst, ptrdiff_t dst_stride);
+  void (*pack_depths_low)(Rows<float> src, int depth, int outputs, int strips,
+                          bf16* dst, ptrdiff_t dst_stride);
+
+  // dst[i] = bf16(src[i]), round to nearest even; and the low parts.
   void (*to_bf16)(const float* src, bf16* dst, int64_t count);
+  void (*to_bf16_low)(const float* src, bf16* dst, int64_t count);
 
   // Called once by each thread before and after it uses gemm in a job (AMX tile
   // configuration); no-ops elsewhere.

@@ -23,6 +23,15 @@ inline __m512i RoundToBf16(__m512 value) {
                               _mm512_set1_epi32(0x40));
 }
 
+// The bits of one part of 16 float32.
+template <Part kPart>
+inline __m512i PartBits(__m512 value) {
+  const __m512i high = RoundToBf16(value);
+  if constexpr (kPart == Part::kHigh) return high;
+  const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+  return RoundToBf16(_mm512_sub_ps(value, rounded));
+}
+
 inline __mmask16 Lanes16(int count) {
   return count >= 16 ? 0xffff
                      : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
@@ -32,23 +41,27 @@ inline __mmask32 Lanes32(int count) {
 }
 
 // 32 consecutive values of a row as bfloat16, the first `count` of them, else zero.
+template <Part kPart>
 inline __m512i LoadRow32(const bf16* src, int count) {
   return _mm512_maskz_loadu_epi16(Lanes32(count), src);
 }
+template <Part kPart>
 inline __m512i LoadRow32(const float* src, int count) {
-  const __m512i low = RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
+  const __m512i low = PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));
   const __m512i high =
-      RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
+      PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
                             _mm512_cvtepi32_epi16(high), 1);
 }
 
 // 16 consecutive values of a row as bfloat16 bits in 32-bit lanes.
+template <Part kPart>
 inline __m512i LoadLanes16(const bf16* src, int count) {
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Lanes16(count), src));
 }
+template <Part kPart>
 inline __m512i LoadLanes16(const float* src, int count) {
-  return RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(count), src));
+  return PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));
 }
 
 // r[i] lane j  <->  r[j] lane i, for 32-bit lanes.
@@ -83,7 +96,7 @@ inline void Transpose16x16(__m512i r[16]) {
   }
 }
 
-template <typename T>
+template <typename T, Part kPart = Part::kHigh>
 void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
                        ptrdiff_t dst_stride) {
   for (int strip = 0; strip < strips; ++strip) {
@@ -92,7 +105,7 @@ void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* ds
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        r[i] = first + i < outputs ? LoadRow32(src.row(first + i) + d, depth - d)
+        r[i] = first + i < outputs ? LoadRow32<kPart>(src.row(first + i) + d, depth - d)
                                    : _mm512_setzero_si512();
       }
       Transpose16x16(r);
@@ -103,7 +116,7 @@ void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* ds
   }
 }
 
-template <typename T>
+template <typename T, Part kPart = Part::kHigh>
 void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst,
                       ptrdiff_t dst_stride) {
   const int padded = static_cast<int>(RoundUp(depth, kDepth));
@@ -113,9 +126,9 @@ void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst
     bf16* out = dst + d / 2 * dst_stride;
     for (int n = 0; n < strips * kStrip; n += kStrip) {
       __m512i pair = _mm512_setzero_si512();
-      if (even && n < outputs) pair = LoadLanes16(even + n, outputs - n);
+      if (even && n < outputs) pair = LoadLanes16<kPart>(even + n, outputs - n);
       if (odd && n < outputs) {
-        const __m512i high = LoadLanes16(odd + n, outputs - n);
+        const __m512i high = LoadLanes16<kPart>(odd + n, outputs - n);
         pair = _mm512_or_si512(pair, _mm512_slli_epi32(high, 16));
       }
       _mm512_storeu_si512(out + 2 * n, pair);
@@ -182,10 +195,11 @@ inline void Avx512Transpose(const bf16* src, ptrdiff_t src_stride, int blocks,
   }
 }
 
-inline void Avx512ToBf16(const float* src, bf16* dst, int64_t count) {
+template <Part kPart>
+void Avx512ToBf16(const float* src, bf16* dst, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const int left = count - i < 16 ? static_cast<int>(count - i) : 16;
-    const __m512i bits = RoundToBf16(_mm512_maskz_loadu_ps(Lanes16(left), src + i));
+    const __m512i bits = PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(left), src + i));
     _mm256_mask_storeu_epi16(dst + i, Lanes16(left), _mm512_cvtepi32_epi16(bits));
   }
 }

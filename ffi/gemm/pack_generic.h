@@ -20,7 +20,23 @@ inline bf16 ToBf16(float value) {
 }
 inline bf16 ToBf16(bf16 value) { return value; }
 
-template <typename T>
+inline float ToFloat(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <Part kPart, typename T>
+bf16 ToPart(T value) {
+  if constexpr (kPart == Part::kLow) {
+    return ToBf16(value - ToFloat(ToBf16(value)));
+  } else {
+    return ToBf16(value);
+  }
+}
+
+template <typename T, Part kPart = Part::kHigh>
 void GenericPackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
                         ptrdiff_t dst_stride) {
   const int padded = static_cast<int>(RoundUp(depth, kDepth));
@@ -30,12 +46,12 @@ void GenericPackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* d
   for (int n = 0; n < outputs; ++n) {
     const T* row = src.row(n);
     for (int d = 0; d < depth; ++d) {
-      dst[d / 2 * dst_stride + 2 * n + d % 2] = ToBf16(row[d]);
+      dst[d / 2 * dst_stride + 2 * n + d % 2] = ToPart<kPart>(row[d]);
     }
   }
 }
 
-template <typename T>
+template <typename T, Part kPart = Part::kHigh>
 void GenericPackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst,
                        ptrdiff_t dst_stride) {
   const int padded = static_cast<int>(RoundUp(depth, kDepth));
@@ -44,7 +60,7 @@ void GenericPackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* ds
     std::memset(out, 0, sizeof(bf16) * 2 * kStrip * strips);
     for (int half = 0; half < 2 && d + half < depth; ++half) {
       const T* row = src.row(d + half);
-      for (int n = 0; n < outputs; ++n) out[2 * n + half] = ToBf16(row[n]);
+      for (int n = 0; n < outputs; ++n) out[2 * n + half] = ToPart<kPart>(row[n]);
     }
   }
 }
@@ -63,8 +79,9 @@ inline void GenericTranspose(const bf16* src, ptrdiff_t src_stride, int blocks,
   }
 }
 
-inline void GenericToBf16(const float* src, bf16* dst, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = ToBf16(src[i]);
+template <Part kPart>
+void GenericToBf16(const float* src, bf16* dst, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) dst[i] = ToPart<kPart>(src[i]);
 }
 
 inline void NoTileState() {}

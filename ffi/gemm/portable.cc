@@ -9,13 +9,6 @@ namespace {
 
 constexpr int kMaxRows = 8;
 
-inline float FromBf16(bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
 void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
           bool accumulate, Prefetch*) {
   for (int r = 0; r < rows; ++r) {
@@ -36,8 +29,8 @@ void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
           const U32x16 low = pairs << 16, high = pairs & 0xffff0000u;
           std::memcpy(&even, &low, 64);
           std::memcpy(&odd, &high, 64);
-          sum += FromBf16(a[d]) * even;
-          sum += FromBf16(a[d + 1]) * odd;
+          sum += ToFloat(a[d]) * even;
+          sum += ToFloat(a[d + 1]) * odd;
         }
         Store(sum, out);
       }
@@ -57,7 +50,10 @@ const Kernels kPortableKernels = {
     .pack_outputs_bf16 = GenericPackOutputs<bf16>,
     .pack_depths_f32 = GenericPackDepths<float>,
     .pack_depths_bf16 = GenericPackDepths<bf16>,
-    .to_bf16 = GenericToBf16,
+    .pack_outputs_low = GenericPackOutputs<float, Part::kLow>,
+    .pack_depths_low = GenericPackDepths<float, Part::kLow>,
+    .to_bf16 = GenericToBf16<Part::kHigh>,
+    .to_bf16_low = GenericToBf16<Part::kLow>,
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,

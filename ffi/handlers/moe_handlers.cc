@@ -165,7 +165,8 @@ ffi::AnyBuffer Result(const Checker& check, const ffi::RemainingRets& rets, size
 }
 
 std::vector<int64_t> MiddleShape(const Call& call) {
-  return {call.slots(), call.store->geometry().intermediate_padded()};
+  const int64_t parts = call.inputs.x.is_float32 ? 2 : 1;
+  return {call.slots(), parts * call.store->geometry().intermediate_padded()};
 }
 std::vector<int64_t> LowRankShape(const Call& call) {
   return {call.slots(), 6 * RoundUp(call.inputs.lora.rank, kDepth)};

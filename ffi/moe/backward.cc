@@ -60,9 +60,9 @@ class BackwardPass : Pass {
           workspace.Get<bf16>(Workspace::kLowRankGrad, 0, rows * low_rank_stride_);
     }
     if (recompute_) {
-      const size_t width = geometry_.intermediate_padded();
-      recomputed_.gate = workspace.Get<bf16>(Workspace::kGateValue, 0, rows * width);
-      recomputed_.up = workspace.Get<bf16>(Workspace::kUpValue, 0, rows * width);
+      const size_t count = rows * KeptStride();
+      recomputed_.gate = workspace.Get<bf16>(Workspace::kGateValue, 0, count);
+      recomputed_.up = workspace.Get<bf16>(Workspace::kUpValue, 0, count);
     }
   }
 
@@ -120,14 +120,13 @@ class BackwardPass : Pass {
     }
     if (rank()) {
       const LowRankFactor factor{Matrix(kDownB), 0, 0, 2};
-      counters().ForEach(CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(),
-                         [&](int64_t i) {
-                           const RowBlock& block = group.blocks[i];
-                           GatherRows(grad_y_, block, scratch);
-                           LowRank(Contraction::kDownColumns, 0, group, block,
-                                   scratch.rows, scratch.stride, geometry_.hidden,
-                                   {&factor, 1}, low_rank_grad_, false, scratch);
-                         });
+      counters().ForEach(
+          CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(), [&](int64_t i) {
+            const RowBlock& block = group.blocks[i];
+            GatherRows(grad_y_, block, scratch);
+            LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows,
+                    geometry_.hidden, {&factor, 1}, low_rank_grad_, false, scratch);
+          });
       if (!worker.Barrier()) return false;
       watch.Lap("gy B");
     }
@@ -175,34 +174,21 @@ class BackwardPass : Pass {
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
                   const Activations& values, const Scratch& scratch) {
     const RowBlock& block = task.rows;
-    const int depth = geometry_.hidden_padded();
-    const int padded = geometry_.intermediate_padded();
     GatherRows(grad_y_, block, scratch);
     for (int column = task.first_panel * kPanel;
          column < std::min(task.last_panel * kPanel, shard(s).width);
          column += kPanel) {
       const int strips = std::min(kPanel, shard(s).width - column) / kStrip;
-      const ptrdiff_t stride = 2 * kStrip * strips;
-      // The panels' depths [column, column + 64) become outputs.
-      for (int panel = 0; panel < DownPanels(); ++panel) {
-        const int width = store_.DownStrips(panel);
-        const bf16* src = store_.DownPanel(s, block.expert, panel) +
-                          static_cast<int64_t>(column / 2) * 2 * kStrip * width;
-        for (int strip = 0; strip < width; ++strip) {
-          kernels_.transpose(
-              src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
-              scratch.panel + (panel * kPanel + strip * kStrip) / 2 * stride, stride);
-        }
-      }
-      int n_terms = 1;
-      Term terms[6] = {{scratch.rows, scratch.stride, scratch.panel, depth}};
+      TransposeDown(s, block.expert, column, strips, scratch.panel.high);
+      Terms terms;
+      terms.Add(scratch.rows, BasePanel(scratch.panel.high), geometry_.hidden_padded());
       if (rank()) {
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
                                   shard(s).begin + column,
                                   std::min(strips * kStrip, Slice(s) - column), strips,
-                                  scratch.lora_panel[0], stride);
-        AddLowRankTerms(LowRankRow(low_rank_grad_, group, block.begin), 2,
-                        scratch.lora_panel[0], 0, 1, terms, n_terms);
+                                  scratch.lora_panel[0], 2 * kStrip * strips);
+        terms.Add(LowRankRows(low_rank_grad_, group, block.begin, 2),
+                  scratch.lora_panel[0], LowRankDepth());
       }
       Prefetch prefetch;
       if (column + kPanel < task.last_panel * kPanel &&
@@ -216,21 +202,34 @@ class BackwardPass : Pass {
             geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
       }
       Multiply(
-          {terms, static_cast<size_t>(n_terms)}, block.count, strips, scratch, prefetch,
-          [&](int first, int count) {
-            const int row = block.begin + first;
-            const int64_t in = KeptOffset(values, group, row) + shard(s).begin + column;
-            const int64_t out =
-                static_cast<int64_t>(row - group.first_row) * HiddenStride(s) + column;
+          terms, block.count, strips, scratch, prefetch, [&](int first, int count) {
+            const int row = block.begin + first, kept = shard(s).begin + column;
             epilogues_.swiglu_grad(
                 scratch.tile, count, strips, &routing_.weights[row],
-                KeptIndex(values, row), values.gate + in, values.up + in, padded,
-                d_gate_[s] + out, d_up_[s] + out,
-                lora_grads_ ? hidden_[s] + out : nullptr, HiddenStride(s),
+                KeptIndex(values, row), KeptRows(values, values.gate, group, row, kept),
+                KeptRows(values, values.up, group, row, kept),
+                HiddenRows(d_gate_, s, group, row, column),
+                HiddenRows(d_up_, s, group, row, column),
+                lora_grads_ ? HiddenRows(hidden_, s, group, row, column) : SplitRows{},
                 dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
                     first_block_[s] + column / kPanel,
                 blocks_);
           });
+    }
+  }
+
+  // The depths [column, column + 16 strips) of the down panels as outputs.
+  void TransposeDown(int s, int expert, int column, int strips, bf16* dst) const {
+    const ptrdiff_t stride = 2 * kStrip * strips;
+    for (int panel = 0; panel < DownPanels(); ++panel) {
+      const int width = store_.DownStrips(panel);
+      const bf16* src = store_.DownPanel(s, expert, panel) +
+                        static_cast<int64_t>(column / 2) * 2 * kStrip * width;
+      for (int strip = 0; strip < width; ++strip) {
+        kernels_.transpose(src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
+                           dst + (panel * kPanel + strip * kStrip) / 2 * stride,
+                           stride);
+      }
     }
   }
 
@@ -252,15 +251,13 @@ class BackwardPass : Pass {
         CounterOf(counter + kLowRankOfHiddenGrad, s), group.blocks.size(),
         [&](int64_t i) {
           const RowBlock& block = group.blocks[i];
-          const int64_t first =
-              static_cast<int64_t>(block.begin - group.first_row) * HiddenStride(s);
           const LoRAArray bs[] = {kGateB, kUpB};
-          const bf16* rows[] = {d_gate_[s] + first, d_up_[s] + first};
+          const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_};
           for (int which = 0; which < 2; ++which) {
             const LowRankFactor factor{Matrix(bs[which]), shard(s).begin, 0, which};
-            LowRank(Contraction::kDownColumns, s, group, block, rows[which],
-                    HiddenStride(s), Slice(s), {&factor, 1}, low_rank_grad_, partial,
-                    scratch);
+            LowRank(Contraction::kDownColumns, s, group, block,
+                    HiddenRows(*arrays[which], s, group, block.begin), Slice(s),
+                    {&factor, 1}, low_rank_grad_, partial, scratch);
           }
         });
     return SumPartialsPhase(worker, group, counter + kSumLowRank, 2, 0, low_rank_grad_);
@@ -275,26 +272,15 @@ class BackwardPass : Pass {
       const RowBlock rows =
           RowsOfTokens(routing_, expert, task.first_token, task.last_token);
       if (rows.count == 0) continue;
-      const int64_t first =
-          static_cast<int64_t>(rows.begin - group.first_row) * HiddenStride(s);
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
         const ptrdiff_t stride = 2 * kStrip * strips;
-        bf16* up_panel = scratch.panel + width / 2 * stride;
-        for (int source = 0; source < width / kDepth; ++source) {
-          const bf16* src = store_.GateUpPanel(s, expert, source) +
-                            static_cast<int64_t>(panel) * (kPanel / 2) * 2 * kPanel;
-          for (int half = 0; half < 2; ++half) {
-            const int64_t depth = source * kDepth + half * kStrip;
-            kernels_.transpose(src + 4 * kStrip * half, 2 * kPanel, strips / 2,
-                               scratch.panel + depth / 2 * stride, stride);
-            kernels_.transpose(src + 4 * kStrip * half + 2 * kStrip, 2 * kPanel,
-                               strips / 2, up_panel + depth / 2 * stride, stride);
-          }
-        }
-        int n_terms = 2;
-        Term terms[6] = {{d_gate_[s] + first, HiddenStride(s), scratch.panel, width},
-                         {d_up_[s] + first, HiddenStride(s), up_panel, width}};
+        bf16* up_panel = scratch.panel.high + width / 2 * stride;
+        TransposeGateUp(s, expert, panel, strips, scratch.panel.high, up_panel);
+        Terms terms;
+        terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
+                  BasePanel(scratch.panel.high), width);
+        terms.Add(HiddenRows(d_up_, s, group, rows.begin), BasePanel(up_panel), width);
         if (lora) {
           const LoRAArray as[] = {kGateA, kUpA};
           for (int which = 0; which < 2; ++which) {
@@ -302,8 +288,8 @@ class BackwardPass : Pass {
                 kernels_, expert, 0, rank(), panel * kPanel,
                 std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
                 scratch.lora_panel[which], stride);
-            AddLowRankTerms(LowRankRow(low_rank_grad_, group, rows.begin), which,
-                            scratch.lora_panel[which], 0, 1, terms, n_terms);
+            terms.Add(LowRankRows(low_rank_grad_, group, rows.begin, which),
+                      scratch.lora_panel[which], LowRankDepth());
           }
         }
         Prefetch prefetch;
@@ -316,12 +302,28 @@ class BackwardPass : Pass {
           prefetch.stride = sizeof(bf16) * store_.GateUpPanelSize();
           prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
         }
-        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch,
-                 prefetch, [&](int from, int count) {
+        Multiply(terms, rows.count, strips, scratch, prefetch,
+                 [&](int from, int count) {
                    epilogues_.scatter_add(
                        scratch.tile, count, strips, &routing_.tokens[rows.begin + from],
                        nullptr, sums_[s] + panel * kPanel, geometry_.hidden_padded());
                  });
+      }
+    }
+  }
+
+  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs.
+  void TransposeGateUp(int s, int expert, int panel, int strips, bf16* gate,
+                       bf16* up) const {
+    const ptrdiff_t stride = 2 * kStrip * strips;
+    for (int source = 0; source < shard(s).width / kDepth; ++source) {
+      const bf16* src = store_.GateUpPanel(s, expert, source) +
+                        static_cast<int64_t>(panel) * (kPanel / 2) * 2 * kPanel;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = (source * kDepth + half * kStrip) / 2 * stride;
+        const bf16* pair = src + 4 * kStrip * half;
+        kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
+        kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
       }
     }
   }
@@ -344,12 +346,14 @@ class BackwardPass : Pass {
       if (array.is_float32) {
         const Rows<float> src{static_cast<const float*>(array.data) + first, stride,
                               tokens};
-        kernels_.pack_depths_f32(src, depth, outputs, strips, scratch.panel,
+        kernels_.pack_depths_f32(src, depth, outputs, strips, scratch.panel.high,
+                                 2 * kStrip * strips);
+        kernels_.pack_depths_low(src, depth, outputs, strips, scratch.panel.low,
                                  2 * kStrip * strips);
       } else {
         const Rows<bf16> src{static_cast<const bf16*>(array.data) + first, stride,
                              tokens};
-        kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel,
+        kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel.high,
                                   2 * kStrip * strips);
       }
     };
@@ -390,7 +394,7 @@ class BackwardPass : Pass {
     }
     const int s = (source - 4) / 3, kind = (source - 4) % 3;
     const int begin = shard(s).begin;
-    const bf16* arrays[] = {d_gate_[s], d_up_[s], hidden_[s]};
+    const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_, &hidden_};
     const LoRAArray grads[] = {kGateB, kUpB, kDownA};
     const GradFactor factor =
         kind < 2
@@ -400,12 +404,16 @@ class BackwardPass : Pass {
             : GradFactor{low_rank_grad + 4 * low_rank_width_, true, false,
                          GradOf(kDownA, expert, rank(), intermediate, 0, begin),
                          intermediate};
-    const bf16* base =
-        arrays[kind] + static_cast<int64_t>(row - group.first_row) * HiddenStride(s);
+    const SplitRows source_rows = HiddenRows(*arrays[kind], s, group, row);
     auto pack = [&](int from, int depth, int column, int outputs, int strips) {
-      kernels_.pack_depths_bf16(
-          {base + from * HiddenStride(s) + column, HiddenStride(s)}, depth, outputs,
-          strips, scratch.panel, 2 * kStrip * strips);
+      const bf16* base = source_rows.high + from * source_rows.stride + column;
+      const Rows<bf16> high{base, source_rows.stride};
+      kernels_.pack_depths_bf16(high, depth, outputs, strips, scratch.panel.high,
+                                2 * kStrip * strips);
+      if (!exact()) return;
+      const Rows<bf16> low{base + source_rows.low, source_rows.stride};
+      kernels_.pack_depths_bf16(low, depth, outputs, strips, scratch.panel.low,
+                                2 * kStrip * strips);
     };
     MultiplyOverRows(pack, row, count, Slice(s), {&factor, 1}, scratch);
   }
@@ -432,16 +440,15 @@ class BackwardPass : Pass {
         const int depth = std::min(kMaxGradDepth, count - from);
         pack(from, depth, column, outputs, strips);
         for (size_t f = 0; f < factors.size(); ++f) {
-          const bf16* high = scratch.transposed + 2 * f * rank() * stride + from;
-          const bf16* low = high + rank() * stride;
-          const int even_depth = static_cast<int>(RoundUp(depth, 2));
+          const SplitRows rows{scratch.transposed + 2 * f * rank() * stride + from,
+                               stride, rank() * stride};
+          Terms terms;
+          terms.Add(rows, scratch.panel, static_cast<int>(RoundUp(depth, 2)));
           float* tile = scratch.tile + f * rank_rows * kPanel;
           ForTiles(kernels_, rank(), [&](int first, int tile_rows) {
-            const Term terms[] = {
-                {high + first * stride, stride, scratch.panel, even_depth},
-                {low + first * stride, stride, scratch.panel, even_depth}};
-            kernels_.gemm(terms, 2, tile_rows, strips, tile + first * kPanel, from > 0,
-                          nullptr);
+            const Terms tile_terms = terms.From(first);
+            kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips,
+                          tile + first * kPanel, from > 0, nullptr);
           });
         }
       }

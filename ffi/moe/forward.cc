@@ -63,8 +63,8 @@ class ForwardPass : Pass {
     };
     for (int64_t slot = 0; slot < slots; ++slot) {
       if (inputs_.ids[slot] >= 0) continue;
-      clear(residuals_.gate, slot, geometry_.intermediate_padded());
-      clear(residuals_.up, slot, geometry_.intermediate_padded());
+      clear(residuals_.gate, slot, KeptStride());
+      clear(residuals_.up, slot, KeptStride());
       clear(residuals_.low_rank, slot, low_rank_stride_);
     }
   }
@@ -89,17 +89,16 @@ class ForwardPass : Pass {
       if (rows.count == 0) continue;
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
-        int n_terms = 1;
-        Term terms[6] = {{hidden_[s] + (rows.begin - group.first_row) * HiddenStride(s),
-                          HiddenStride(s), store_.DownPanel(s, expert, panel),
-                          shard(s).width}};
+        Terms terms;
+        terms.Add(HiddenRows(hidden_, s, group, rows.begin),
+                  BasePanel(store_.DownPanel(s, expert, panel)), shard(s).width);
         if (lora) {
           Matrix(kDownB).PackOutputs(
               kernels_, expert, panel * kPanel,
               std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
               scratch.lora_panel[0], 2 * kStrip * strips);
-          AddLowRankTerms(LowRankRow(low_rank_, group, rows.begin), 2,
-                          scratch.lora_panel[0], 0, 1, terms, n_terms);
+          terms.Add(LowRankRows(low_rank_, group, rows.begin, 2), scratch.lora_panel[0],
+                    LowRankDepth());
         }
         const bool next_panel = panel + 1 < task.last_panel;
         Prefetch prefetch;
@@ -110,14 +109,13 @@ class ForwardPass : Pass {
           prefetch.chunk_bytes = prefetch.total_bytes =
               sizeof(bf16) * kPanel * shard(s).width;
         }
-        Multiply({terms, static_cast<size_t>(n_terms)}, rows.count, strips, scratch,
-                 prefetch, [&](int first, int count) {
-                   const int row = rows.begin + first;
-                   epilogues_.scatter_add(scratch.tile, count, strips,
-                                          &routing_.tokens[row], &routing_.weights[row],
-                                          sums_[s] + panel * kPanel,
-                                          geometry_.hidden_padded());
-                 });
+        Multiply(
+            terms, rows.count, strips, scratch, prefetch, [&](int first, int count) {
+              const int row = rows.begin + first;
+              epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
+                                     &routing_.weights[row], sums_[s] + panel * kPanel,
+                                     geometry_.hidden_padded());
+            });
       }
     }
   }

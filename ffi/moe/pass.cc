@@ -8,29 +8,35 @@ namespace ktjax {
 
 void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
                              int outputs, int64_t column, int depth, int strips,
-                             bf16* dst, ptrdiff_t dst_stride) const {
+                             SplitPanel dst, ptrdiff_t dst_stride) const {
   const int64_t offset = (expert * rows + row) * columns + column;
   outputs = std::max(outputs, 0);
   if (array.is_float32) {
     const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
-    kernels.pack_outputs_f32(src, outputs, depth, strips, dst, dst_stride);
+    kernels.pack_outputs_f32(src, outputs, depth, strips, dst.high, dst_stride);
+    if (dst.low) {
+      kernels.pack_outputs_low(src, outputs, depth, strips, dst.low, dst_stride);
+    }
   } else {
     const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
-    kernels.pack_outputs_bf16(src, outputs, depth, strips, dst, dst_stride);
+    kernels.pack_outputs_bf16(src, outputs, depth, strips, dst.high, dst_stride);
   }
 }
 
 void LoRAMatrix::PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
-                            int64_t column, int outputs, int strips, bf16* dst,
+                            int64_t column, int outputs, int strips, SplitPanel dst,
                             ptrdiff_t dst_stride) const {
   const int64_t offset = (expert * rows + row) * columns + column;
   outputs = std::max(outputs, 0);
   if (array.is_float32) {
     const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
-    kernels.pack_depths_f32(src, depth, outputs, strips, dst, dst_stride);
+    kernels.pack_depths_f32(src, depth, outputs, strips, dst.high, dst_stride);
+    if (dst.low) {
+      kernels.pack_depths_low(src, depth, outputs, strips, dst.low, dst_stride);
+    }
   } else {
     const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
-    kernels.pack_depths_bf16(src, depth, outputs, strips, dst, dst_stride);
+    kernels.pack_depths_bf16(src, depth, outputs, strips, dst.high, dst_stride);
   }
 }
 
@@ -86,12 +92,16 @@ LoRAMatrix Pass::Matrix(LoRAArray which) const {
 void Pass::GatherRows(ConstArray array, const RowBlock& block,
                       const Scratch& scratch) const {
   const int hidden = geometry_.hidden, padded = geometry_.hidden_padded();
+  const auto [high, stride, low] = scratch.rows;
   for (int i = 0; i < block.count; ++i) {
     const int64_t offset =
         static_cast<int64_t>(routing_.tokens[block.begin + i]) * hidden;
-    bf16* row = scratch.rows + i * scratch.stride;
+    bf16* row = high + i * stride;
     if (array.is_float32) {
-      kernels_.to_bf16(static_cast<const float*>(array.data) + offset, row, hidden);
+      const float* src = static_cast<const float*>(array.data) + offset;
+      kernels_.to_bf16(src, row, hidden);
+      kernels_.to_bf16_low(src, row + low, hidden);
+      std::memset(row + low + hidden, 0, sizeof(bf16) * (padded - hidden));
     } else {
       std::memcpy(row, static_cast<const bf16*>(array.data) + offset,
                   sizeof(bf16) * hidden);
@@ -101,19 +111,20 @@ void Pass::GatherRows(ConstArray array, const RowBlock& block,
 }
 
 void Pass::LowRank(Contraction contraction, int s, const Group& group,
-                   const RowBlock& block, const bf16* rows, ptrdiff_t stride, int depth,
+                   const RowBlock& block, SplitRows rows, int depth,
                    std::span<const LowRankFactor> factors, bf16* destination,
                    bool partial, const Scratch& scratch) const {
   // Strips of all factors side by side: two factors of rank 16 share one panel.
   const int strips = rank_strips_ * static_cast<int>(factors.size());
-  const int even_depth = static_cast<int>(RoundUp(depth, 2));
+  const SplitPanel panel{scratch.panel.high,
+                         LoRAInTwoParts() ? scratch.panel.low : nullptr};
   for (int first = 0; first < strips; first += kPanelStrips) {
     const int width = std::min(kPanelStrips, strips - first);
     for (int i = 0; i < width; ++i) {
       const LowRankFactor& factor = factors[(first + i) / rank_strips_];
       const int vector = (first + i) % rank_strips_ * kStrip;
       const int count = std::min(kStrip, rank() - vector);
-      bf16* dst = scratch.panel + 2 * kStrip * i;
+      const SplitPanel dst = panel + 2 * kStrip * i;
       if (contraction == Contraction::kAlongRows) {
         factor.matrix.PackOutputs(kernels_, block.expert, factor.row + vector, count,
                                   factor.column, depth, 1, dst, 2 * kStrip * width);
@@ -123,29 +134,30 @@ void Pass::LowRank(Contraction contraction, int s, const Group& group,
                                  2 * kStrip * width);
       }
     }
-    const Term term{rows, stride, scratch.panel, even_depth};
-    Multiply({&term, 1}, block.count, width, scratch, {}, [&](int from, int count) {
-      const int64_t row = block.begin - group.first_row + from;
+    Terms terms;
+    terms.Add(rows, panel, static_cast<int>(RoundUp(depth, 2)));
+    Multiply(terms, block.count, width, scratch, {}, [&](int from, int count) {
+      const int row = block.begin + from;
       for (int i = 0; i < width; ++i) {
         const int strip = first + i, vector = strip % rank_strips_ * kStrip;
+        const LowRankFactor& factor = factors[strip / rank_strips_];
         const float* tile = scratch.tile + kStrip * i;
         if (partial) {
           // Gate and down have the first half of a row, up the second.
-          const int slot = factors[strip / rank_strips_].index == 1;
-          const ptrdiff_t partial_stride = 2 * kStrip * rank_strips_;
+          const ptrdiff_t stride = 2 * kStrip * rank_strips_;
           epilogues_.store_rows_f32(tile, count, kStrip,
-                                    partial_[s] + row * partial_stride +
-                                        slot * kStrip * rank_strips_ + vector,
-                                    partial_stride);
+                                    partial_[s] + (row - group.first_row) * stride +
+                                        (factor.index == 1) * kStrip * rank_strips_ +
+                                        vector,
+                                    stride);
           continue;
         }
         const bool last = vector + kStrip >= rank();
-        bf16* high = destination + row * low_rank_stride_ +
-                     2 * factors[strip / rank_strips_].index * low_rank_width_ + vector;
+        SplitRows dst = LowRankRows(destination, group, row, factor.index);
+        dst.high += vector;
         epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
                                last ? low_rank_width_ - vector : kStrip,
-                               inputs_.lora.scaling, high, high + low_rank_width_,
-                               low_rank_stride_);
+                               inputs_.lora.scaling, dst);
       }
     });
   }
@@ -195,54 +207,16 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
       const RowBlock& block = group.blocks[i];
       GatherRows(inputs_.x, block, scratch);
-      LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, scratch.stride,
-              geometry_.hidden, factors, out.low_rank, false, scratch);
+      LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, geometry_.hidden,
+              factors, out.low_rank, false, scratch);
     });
     if (!worker.Barrier()) return false;
     watch.Lap("x A");
   }
 
   const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
-  counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
-    const auto& [block, first_panel, last_panel] = tasks[i];
-    GatherRows(inputs_.x, block, scratch);
-    for (int panel = first_panel; panel < last_panel; ++panel) {
-      const int column = panel * kDepth;
-      Term terms[6] = {{scratch.rows, scratch.stride,
-                        store_.GateUpPanel(s, block.expert, panel),
-                        geometry_.hidden_padded()}};
-      int n_terms = 1;
-      if (rank()) {
-        const LoRAArray bs[] = {kGateB, kUpB};
-        for (int which = 0; which < 2; ++which) {
-          Matrix(bs[which]).PackOutputs(kernels_, block.expert, shard(s).begin + column,
-                                        std::min(kDepth, Slice(s) - column), 0, rank(),
-                                        2, scratch.lora_panel[which], 4 * kStrip);
-          AddLowRankTerms(LowRankRow(out.low_rank, group, block.begin), which,
-                          scratch.lora_panel[which], which, 2, terms, n_terms);
-        }
-      }
-      Prefetch prefetch;
-      if (panel + 1 < last_panel) {
-        prefetch.base = reinterpret_cast<const char*>(
-            store_.GateUpPanel(s, block.expert, panel + 1));
-        prefetch.chunk_bytes = prefetch.total_bytes =
-            sizeof(bf16) * store_.GateUpPanelSize();
-      }
-      Multiply(
-          {terms, static_cast<size_t>(n_terms)}, block.count, kPanelStrips, scratch,
-          prefetch, [&](int first, int count) {
-            const int row = block.begin + first;
-            const int64_t kept = KeptOffset(out, group, row) + shard(s).begin + column;
-            epilogues_.swiglu(
-                scratch.tile, count, kPanelStrips,
-                hidden_[s] + (row - group.first_row) * HiddenStride(s) + column,
-                HiddenStride(s), KeptIndex(out, row),
-                out.gate ? out.gate + kept : nullptr,
-                out.gate ? out.up + kept : nullptr, geometry_.intermediate_padded());
-          });
-    }
-  });
+  counters().ForEach(CounterOf(counter + 1, s), tasks.size(),
+                     [&](int64_t i) { GateUp(s, group, tasks[i], out, scratch); });
   if (!worker.Barrier()) return false;
   watch.Lap("gate, up, SwiGLU");
 
@@ -251,17 +225,54 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     counters().ForEach(CounterOf(counter + 2, s), group.blocks.size(), [&](int64_t i) {
       const RowBlock& block = group.blocks[i];
       LowRank(Contraction::kAlongRows, s, group, block,
-              hidden_[s] + (block.begin - group.first_row) * HiddenStride(s),
-              HiddenStride(s), Slice(s), {&factor, 1}, out.low_rank, shard_count() > 1,
-              scratch);
+              HiddenRows(hidden_, s, group, block.begin), Slice(s), {&factor, 1},
+              out.low_rank, shard_count() > 1, scratch);
     });
-    if (!SumPartialsPhase(worker, group, counter + 3, 1, 2, out.low_rank)) {
-      return false;
-    }
+    if (!SumPartialsPhase(worker, group, counter + 3, 1, 2, out.low_rank)) return false;
     if (!worker.Barrier()) return false;
     watch.Lap("h A");
   }
   return true;
+}
+
+void Pass::GateUp(int s, const Group& group, const BlockTask& task,
+                  const Activations& out, const Scratch& scratch) const {
+  const RowBlock& block = task.rows;
+  const int expert = block.expert;
+  GatherRows(inputs_.x, block, scratch);
+  for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
+    const int column = panel * kDepth;
+    Terms terms;
+    terms.Add(scratch.rows, BasePanel(store_.GateUpPanel(s, expert, panel)),
+              geometry_.hidden_padded());
+    if (rank()) {
+      const LoRAArray bs[] = {kGateB, kUpB};
+      for (int which = 0; which < 2; ++which) {
+        const SplitPanel& lora_panel = scratch.lora_panel[which];
+        Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
+                                      std::min(kDepth, Slice(s) - column), 0, rank(), 2,
+                                      lora_panel, 4 * kStrip);
+        terms.Add(LowRankRows(out.low_rank, group, block.begin, which), lora_panel,
+                  LowRankDepth(), which, 2);
+      }
+    }
+    Prefetch prefetch;
+    if (panel + 1 < task.last_panel) {
+      prefetch.base =
+          reinterpret_cast<const char*>(store_.GateUpPanel(s, expert, panel + 1));
+      prefetch.chunk_bytes = prefetch.total_bytes =
+          sizeof(bf16) * store_.GateUpPanelSize();
+    }
+    Multiply(terms, block.count, kPanelStrips, scratch, prefetch,
+             [&](int first, int count) {
+               const int row = block.begin + first, kept = shard(s).begin + column;
+               epilogues_.swiglu(scratch.tile, count, kPanelStrips,
+                                 HiddenRows(hidden_, s, group, row, column),
+                                 KeptIndex(out, row),
+                                 KeptRows(out, out.gate, group, row, kept),
+                                 KeptRows(out, out.up, group, row, kept));
+             });
+  }
 }
 
 float* Pass::Sum(MutableArray result, int s) {

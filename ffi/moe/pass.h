@@ -3,6 +3,7 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
+#include <iterator>
 #include <memory>
 #include <span>
 #include <vector>
@@ -15,6 +16,46 @@
 
 namespace ktjax {
 
+// A panel in one part, or in two (low is not null).
+struct SplitPanel {
+  bf16* high;
+  bf16* low;
+  SplitPanel operator+(ptrdiff_t offset) const {
+    return {high + offset, low ? low + offset : nullptr};
+  }
+};
+
+// The terms of one product. Operands in two parts multiply as (a + a')(b + b') without
+// a' b', which is below float32's precision.
+class Terms {
+ public:
+  void Add(SplitRows a, SplitPanel b, int depth, int first_strip = 0,
+           int strip_step = 1) {
+    AddOne(a.high, a.stride, b.high, depth, first_strip, strip_step);
+    if (a.low) {
+      AddOne(a.high + a.low, a.stride, b.high, depth, first_strip, strip_step);
+    }
+    if (b.low) AddOne(a.high, a.stride, b.low, depth, first_strip, strip_step);
+  }
+  // From row `first` of every operand a.
+  Terms From(int first) const {
+    Terms terms = *this;
+    for (int i = 0; i < count_; ++i) terms.list_[i].a += first * list_[i].a_stride;
+    return terms;
+  }
+  const Term* data() const { return list_; }
+  int count() const { return count_; }
+
+ private:
+  void AddOne(const bf16* a, ptrdiff_t stride, const bf16* b, int depth,
+              int first_strip, int strip_step) {
+    list_[count_++] = {a, stride, b, depth, first_strip, strip_step};
+  }
+  // grad x: two base operands of two parts and two LoRA ones of three terms.
+  Term list_[10];
+  int count_ = 0;
+};
+
 // One LoRA array of the layer, [experts, rows, columns].
 struct LoRAMatrix {
   ConstArray array;
@@ -22,13 +63,14 @@ struct LoRAMatrix {
   int64_t columns;
 
   // Packs rows [row, row + outputs) x columns [column, column + depth) of an expert's
-  // matrix as strips of a panel; see Kernels::pack_outputs_*.
+  // matrix as strips of a panel; see Kernels::pack_outputs_*. Its low part as well
+  // where dst has one.
   void PackOutputs(const Kernels& kernels, int expert, int64_t row, int outputs,
-                   int64_t column, int depth, int strips, bf16* dst,
+                   int64_t column, int depth, int strips, SplitPanel dst,
                    ptrdiff_t dst_stride) const;
   // The same with rows as depths and columns as outputs; see Kernels::pack_depths_*.
   void PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
-                  int64_t column, int outputs, int strips, bf16* dst,
+                  int64_t column, int outputs, int strips, SplitPanel dst,
                   ptrdiff_t dst_stride) const;
 };
 
@@ -59,12 +101,11 @@ inline constexpr int kMaxGradDepth = 1024;
 
 // A worker's scratch memory during a job.
 struct Scratch {
-  bf16* rows;           // packed input rows of a block
-  ptrdiff_t stride;     // elements between them
-  bf16* panel;          // one transposed or packed panel
-  bf16* lora_panel[2];  // panels of a LoRA term
-  bf16* transposed;     // low-rank values with rows and columns exchanged
-  float* tile;          // product tiles
+  SplitRows rows;            // packed input rows of a block
+  SplitPanel panel;          // one transposed or packed panel
+  SplitPanel lora_panel[2];  // panels of a LoRA term
+  bf16* transposed;          // low-rank values with rows and columns exchanged
+  float* tile;               // product tiles
 };
 
 // Where the phases from x to h leave what is needed later. Null gate and up are not
@@ -88,9 +129,20 @@ class Pass {
   }
   int rank() const { return inputs_.lora.rank; }
   LoRAMatrix Matrix(LoRAArray which) const;
+  // float32 activations are carried in two parts, so that their results are exact to
+  // float32; bfloat16 ones in one.
+  bool exact() const { return inputs_.x.is_float32; }
+  // Rows of [group rows, width] arrays of a shard, from `row` of the layer on. The
+  // stride is 32 more than the width: rows a multiple of 4096 bytes apart share their
+  // L1 sets.
   ptrdiff_t HiddenStride(int s) const {
-    // 32 more than the width: rows a multiple of 4096 bytes apart share their L1 sets.
-    return shard(s).width + kDepth;
+    return (shard(s).width + kDepth) * (exact() ? 2 : 1);
+  }
+  SplitRows HiddenRows(const std::vector<bf16*>& arrays, int s, const Group& group,
+                       int row, int column = 0) const {
+    return {arrays[s] + static_cast<int64_t>(row - group.first_row) * HiddenStride(s) +
+                column,
+            HiddenStride(s), exact() ? shard(s).width + kDepth : 0};
   }
   int DownPanels() const {
     return static_cast<int>(CeilDiv(geometry_.hidden_padded(), kPanel));
@@ -100,21 +152,21 @@ class Pass {
   template <typename Job>
   void Run(Job job);
 
-  // Copies the rows of a [tokens, hidden] array that `block` names to scratch.rows, as
-  // bfloat16, zero up to hidden_padded.
+  // Copies the rows of a [tokens, hidden] array that `block` names to scratch.rows,
+  // zero up to hidden_padded.
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
   // tile = rows x panel for all rows, in tiles; epilogue(first, count) consumes each.
   template <typename Epilogue>
-  void Multiply(std::span<const Term> terms, int rows, int strips,
-                const Scratch& scratch, Prefetch prefetch, Epilogue epilogue) const;
+  void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
+                Prefetch prefetch, Epilogue epilogue) const;
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
   // With several shards these are parts of the contraction: they wait in partial_ until
   // SumPartials has added them in order.
   void LowRank(Contraction contraction, int s, const Group& group,
-               const RowBlock& block, const bf16* rows, ptrdiff_t stride, int depth,
+               const RowBlock& block, SplitRows rows, int depth,
                std::span<const LowRankFactor> factors, bf16* destination, bool partial,
                const Scratch& scratch) const;
   void SumPartials(const Group& group, const RowBlock& block, int factors,
@@ -128,6 +180,13 @@ class Pass {
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
                      const Activations& out, Stopwatch& watch);
   static constexpr int kHiddenPhases = 4;
+  // gate, up and h of a block.
+  void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
+              const Scratch& scratch) const;
+  // Base weights have one part: kernels do not write to them.
+  static SplitPanel BasePanel(const bf16* panel) {
+    return {const_cast<bf16*>(panel), nullptr};
+  }
 
   // Float32 sums of [tokens, hidden_padded] for one shard: the result itself where its
   // dtype and shape allow.
@@ -135,27 +194,35 @@ class Pass {
   void ClearSum(float* sum, const OutputTask& task) const;
   void Finish(MutableArray result, const OutputTask& task);
 
-  // The index and the offset that name `row` of a group in gate and up of `values`.
+  // What names `row` of a group in gate and up of `values`.
   const int32_t* KeptIndex(const Activations& values, int row) const {
     return values.by_slot ? &routing_.slots[row] : nullptr;
   }
-  int64_t KeptOffset(const Activations& values, const Group& group, int row) const {
-    return values.by_slot ? 0
-                          : static_cast<int64_t>(row - group.first_row) *
-                                geometry_.intermediate_padded();
+  ptrdiff_t KeptStride() const {
+    return geometry_.intermediate_padded() * (exact() ? 2 : 1);
+  }
+  SplitRows KeptRows(const Activations& values, bf16* array, const Group& group,
+                     int row, int column) const {
+    if (!array) return {};
+    if (!values.by_slot) {
+      array += static_cast<int64_t>(row - group.first_row) * KeptStride();
+    }
+    return {array + column, KeptStride(),
+            exact() ? geometry_.intermediate_padded() : 0};
   }
   bf16* LowRankRow(bf16* low_rank, const Group& group, int row) const {
     return low_rank + static_cast<int64_t>(row - group.first_row) * low_rank_stride_;
   }
 
-  // Appends the terms of low-rank values `factor` (0 gate, 1 up, 2 down) times a panel.
-  void AddLowRankTerms(const bf16* row, int factor, const bf16* panel, int first_strip,
-                       int strip_step, std::span<Term, 6> terms, int& n_terms) const {
-    for (int part = 0; part < 2; ++part) {
-      terms[n_terms++] = {
-          row + (2 * factor + part) * low_rank_width_, low_rank_stride_, panel,
-          static_cast<int>(RoundUp(rank(), 2)),        first_strip,      strip_step};
-    }
+  // The values of `factor` (0 gate, 1 up, 2 down), from `row` of the layer on.
+  SplitRows LowRankRows(bf16* low_rank, const Group& group, int row, int factor) const {
+    return {LowRankRow(low_rank, group, row) + 2 * factor * low_rank_width_,
+            low_rank_stride_, low_rank_width_};
+  }
+  int LowRankDepth() const { return static_cast<int>(RoundUp(rank(), 2)); }
+  // Where LoRA's factors need two parts.
+  bool LoRAInTwoParts() const {
+    return exact() && rank() && inputs_.lora.arrays[0].is_float32;
   }
 
   Counters& counters() { return *counters_; }
@@ -186,16 +253,23 @@ class Pass {
 
 template <typename Job>
 void Pass::Run(Job job) {
-  const size_t width =
-      std::max(geometry_.hidden_padded(), 2 * geometry_.intermediate_padded());
+  const size_t parts = exact() ? 2 : 1;
+  const size_t width = std::max(
+      {geometry_.hidden_padded(), 2 * geometry_.intermediate_padded(), kMaxGradDepth});
   const size_t stride = geometry_.hidden_padded() + kDepth;
+  const size_t rank_padded = RoundUp(std::max(rank(), 1), kDepth);
   const size_t expert_rows = RoundUp(std::max(max_expert_rows_, 1), kDepth);
   const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
+  const size_t panel = sizeof(bf16) * kPanel * width;
+  const size_t lora_panel = sizeof(bf16) * kPanel * rank_padded;
   const size_t sizes[] = {
-      sizeof(bf16) * stride * std::max(max_block_rows_, 1),
-      sizeof(bf16) * kPanel * std::max<size_t>(width, kMaxGradDepth),
-      sizeof(bf16) * kPanel * RoundUp(std::max(rank(), 1), kDepth),
-      sizeof(bf16) * kPanel * RoundUp(std::max(rank(), 1), kDepth),
+      sizeof(bf16) * parts * stride * std::max(max_block_rows_, 1),
+      panel,
+      exact() ? panel : 0,
+      lora_panel,
+      lora_panel,
+      LoRAInTwoParts() ? lora_panel : 0,
+      LoRAInTwoParts() ? lora_panel : 0,
       sizeof(bf16) * (rank() ? 2 * rank_rows * expert_rows : 0),
       sizeof(float) * kPanel * std::max<size_t>(rank_rows, kernels_.max_rows),
   };
@@ -203,15 +277,18 @@ void Pass::Run(Job job) {
   for (size_t size : sizes) total += RoundUp(size, 64);
   backend_.pool.Run([&](Worker& worker) {
     char* memory = static_cast<char*>(worker.Scratch(total));
-    char* part[6];
-    for (int i = 0; i < 6; ++i) {
-      part[i] = memory;
+    char* part[std::size(sizes)];
+    for (size_t i = 0; i < std::size(sizes); ++i) {
+      part[i] = sizes[i] ? memory : nullptr;
       memory += RoundUp(sizes[i], 64);
     }
     auto values = [&](int i) { return reinterpret_cast<bf16*>(part[i]); };
-    const Scratch scratch{values(0), static_cast<ptrdiff_t>(stride),
-                          values(1), {values(2), values(3)},
-                          values(4), reinterpret_cast<float*>(part[5])};
+    const Scratch scratch{{values(0), static_cast<ptrdiff_t>(parts * stride),
+                           exact() ? static_cast<ptrdiff_t>(stride) : 0},
+                          {values(1), values(2)},
+                          {{values(3), values(5)}, {values(4), values(6)}},
+                          values(7),
+                          reinterpret_cast<float*>(part[8])};
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }
@@ -222,24 +299,19 @@ void Pass::Run(Job job) {
 }
 
 template <typename Epilogue>
-void Pass::Multiply(std::span<const Term> terms, int rows, int strips,
-                    const Scratch& scratch, Prefetch prefetch,
-                    Epilogue epilogue) const {
+void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
+                    Prefetch prefetch, Epilogue epilogue) const {
   if (prefetch.base) {
     // Spread over the whole product: the fewer rows there are to hide it behind, the
     // more lines per pair.
-    const int64_t pairs = terms[0].depth / 2 * CeilDiv(rows, 6);
+    const int64_t pairs = terms.data()[0].depth / 2 * CeilDiv(rows, 6);
     prefetch.lines_per_pair = static_cast<int>(
         std::clamp<int64_t>(CeilDiv(prefetch.total_bytes, 64 * pairs), 1, 4));
   }
   ForTiles(kernels_, rows, [&](int first, int count) {
-    Term tile_terms[6];
-    for (size_t i = 0; i < terms.size(); ++i) {
-      tile_terms[i] = terms[i];
-      tile_terms[i].a += first * terms[i].a_stride;
-    }
-    kernels_.gemm(tile_terms, static_cast<int>(terms.size()), count, strips,
-                  scratch.tile, false, prefetch.base ? &prefetch : nullptr);
+    const Terms tile_terms = terms.From(first);
+    kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
+                  false, prefetch.base ? &prefetch : nullptr);
     epilogue(first, count);
   });
 }

@@ -46,10 +46,11 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _kept_shapes(spec: Spec, ids: Array, lora: LoRA | None) -> list[Any]:
+def _kept_shapes(spec: Spec, x: Array, ids: Array, lora: LoRA | None) -> list[Any]:
     slots = ids.shape[0] * ids.shape[1]
     assert spec.intermediate is not None
-    width = _round_up(spec.intermediate, _TILE)
+    parts = 2 if x.dtype == jnp.float32 else 1
+    width = parts * _round_up(spec.intermediate, _TILE)
     shapes = [(slots, width), (slots, width)]
     if lora is not None:
         shapes.append((slots, 6 * _round_up(lora.gate_a.shape[1], _TILE)))
@@ -70,7 +71,7 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
 
     @jax.custom_batching.custom_vmap
     def call(x, ids, w, handle, lora):
-        kept = _kept_shapes(spec, ids, lora) if spec.keep else []
+        kept = _kept_shapes(spec, x, ids, lora) if spec.keep else []
         y, *kept = jax.ffi.ffi_call(
             "ktjax_moe_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept]
         )(

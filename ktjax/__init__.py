@@ -1,9 +1,38 @@
 """ktjax: LoRA fine-tuning of Mixture-of-Experts models, experts in host memory."""
 
-from ktjax import backend, config
+from ktjax import backend, config, io, models, nn, train
+from ktjax.config import LoRAConfig, MoEConfig, PoolConfig
+from ktjax.experts import KTMoEWrapper
+from ktjax.experts_base import BaseMoEWrapper
+from ktjax.experts_sft import (
+    AMXSFTMoEWrapper,
+    BaseSFTMoEWrapper,
+    KExpertsSFTBuffer,
+)
 from ktjax.lora import LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
 from ktjax.store import ExpertStore
 
-__all__ = ["ExpertStore", "LoRA", "backend", "config", "moe", "reference"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "AMXSFTMoEWrapper",
+    "BaseMoEWrapper",
+    "BaseSFTMoEWrapper",
+    "ExpertStore",
+    "KExpertsSFTBuffer",
+    "KTMoEWrapper",
+    "LoRA",
+    "LoRAConfig",
+    "MoEConfig",
+    "PoolConfig",
+    "backend",
+    "config",
+    "io",
+    "models",
+    "moe",
+    "nn",
+    "reference",
+    "train",
+]

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = Any
+from ktjax.config import MAX_LORA_RANK
 
-MAX_RANK = 256
+Array = Any
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +62,10 @@ class LoRA:
                     f"{jnp.shape(getattr(self, name))}"
                 )
         rank = self.gate_a.shape[1]
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"lora: expected a rank of 1 to {MAX_RANK}, got {rank}")
+        if not 1 <= rank <= MAX_LORA_RANK:
+            raise ValueError(
+                f"lora: expected a rank of 1 to {MAX_LORA_RANK}, got {rank}"
+            )
         experts = experts if experts is not None else self.gate_b.shape[0]
         intermediate = (
             intermediate if intermediate is not None else self.gate_b.shape[1]

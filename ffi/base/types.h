@@ -20,10 +20,11 @@ inline constexpr int kPanel = kStrip * kPanelStrips;
 // 32 bfloat16 values.
 inline constexpr int kDepth = 32;
 
-constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
+// Inlined even in debug builds: code of a file with ISA flags must not be shared.
+[[gnu::always_inline]] constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
-constexpr int64_t CeilDiv(int64_t value, int64_t divisor) {
+[[gnu::always_inline]] constexpr int64_t CeilDiv(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 

@@ -99,7 +99,10 @@ inline void StoreSplit(const F32x16& value, int count, const SplitRows& rows,
     F32x16 rounded;
     Store(value, lanes);
     Load(lanes, rounded);
-    StoreSome(value - rounded, count, rows.high + at + rows.low);
+    const F32x16 zero = {};
+    const F32x16 infinity = zero + __builtin_inff();
+    const auto infinite = (rounded == infinity) | (rounded == -infinity);
+    StoreSome(infinite ? zero : value - rounded, count, rows.high + at + rows.low);
   }
   StoreSome(value, count, rows.high + at);
 }

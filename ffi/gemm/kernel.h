@@ -30,7 +30,8 @@ struct Term {
   ptrdiff_t a_stride;  // elements between rows of a
   const bf16* b;
   int depth;
-  // The strips of c that this term feeds: first_strip, first_strip + strip_step, ...
+  // The strips of c that this term feeds: all (0, 1), or the even (0, 2) or odd (1, 2)
+  // ones of a panel of two or four.
   // Its panel holds these strips only. Strips alternate gate, up, gate, up in the fused
   // gate/up panels, so a LoRA term of `gate` feeds strips {0, 2}.
   int first_strip = 0;
@@ -56,11 +57,13 @@ struct Rows {
   const T* base;
   ptrdiff_t stride;
   const int32_t* index = nullptr;
-  const T* row(int i) const { return base + (index ? index[i] : i) * stride; }
+  [[gnu::always_inline]] const T* row(int i) const {
+    return base + (index ? index[i] : i) * stride;
+  }
 };
 
 // A value is carried as one bfloat16, or as the sum of two where it must be exact to
-// float32: high = bf16(v), low = bf16(v - high).
+// float32: high = bf16(v), low = bf16(v - high), or 0 where high is infinite.
 enum class Part { kHigh, kLow };
 
 // Rows of such values: high parts, and low parts `low` elements further, or none (0).

@@ -29,7 +29,9 @@ inline __m512i PartBits(__m512 value) {
   const __m512i high = RoundToBf16(value);
   if constexpr (kPart == Part::kHigh) return high;
   const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-  return RoundToBf16(_mm512_sub_ps(value, rounded));
+  const __mmask16 finite = _mm512_cmpneq_epi32_mask(
+      _mm512_and_si512(high, _mm512_set1_epi32(0x7fff)), _mm512_set1_epi32(0x7f80));
+  return RoundToBf16(_mm512_maskz_sub_ps(finite, value, rounded));
 }
 
 inline __mmask16 Lanes16(int count) {

@@ -30,7 +30,9 @@ inline float ToFloat(bf16 value) {
 template <Part kPart, typename T>
 bf16 ToPart(T value) {
   if constexpr (kPart == Part::kLow) {
-    return ToBf16(value - ToFloat(ToBf16(value)));
+    const bf16 high = ToBf16(value);
+    if ((high & 0x7fff) == 0x7f80) return 0;
+    return ToBf16(value - ToFloat(high));
   } else {
     return ToBf16(value);
   }

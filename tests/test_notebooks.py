@@ -1,9 +1,11 @@
-"""The notebooks: stored without results, and running from a clean kernel."""
+"""The notebooks, stored without results, and the documents: their code runs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +34,11 @@ def clean_kernel(directory: Path) -> AsyncKernelManager:
     return AsyncKernelManager(kernel_name="test", kernel_spec_manager=specs)
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment, without an instruction set of the user's choice."""
+    return {name: value for name, value in os.environ.items() if name != "KTJAX_ISA"}
+
+
 def test_both_notebooks_are_there():
     assert [path.stem for path in NOTEBOOKS] == ["01_explore_experts", "02_train_lora"]
 
@@ -55,9 +62,8 @@ def test_runs(path, tmp_path):
         timeout=240,
         resources={"metadata": {"path": str(tmp_path)}},
     )
-    # Neither the user's IPython start-up files nor an instruction set of their choice.
-    environment = {k: v for k, v in os.environ.items() if k != "KTJAX_ISA"}
-    environment["IPYTHONDIR"] = str(tmp_path / "ipython")
+    # Without the user's IPython start-up files.
+    environment = clean_environment() | {"IPYTHONDIR": str(tmp_path / "ipython")}
     client.execute(env=environment)  # raises with the cell's traceback
     outputs = [
         output
@@ -69,3 +75,21 @@ def test_runs(path, tmp_path):
     assert not warnings
     pictures = [out for out in outputs if "image/png" in out.get("data", {})]
     assert len(pictures) >= 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
+def test_code_of_documents_runs(name, tmp_path):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert blocks
+    # One program: later blocks use what earlier ones define.
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout

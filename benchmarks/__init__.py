@@ -1,0 +1,1 @@
+"""Speed of ktjax against this machine's limits and against its peers."""

@@ -1,0 +1,114 @@
+"""ktjax: as a jitted function, the way a training step calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ktjax
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.contenders import Contender, Prepared
+from benchmarks.shapes import Shape
+from ktjax import _native, backend
+from ktjax.config import PoolConfig
+
+
+class Ktjax(Contender):
+    """bfloat16 x and weights, float32 adapters."""
+
+    def __init__(self, threads: int | None = None):
+        self.pool = backend.get_pool(PoolConfig(threads) if threads else None)
+        self._store: ktjax.ExpertStore | None = None
+        self._lora: dict[int, ktjax.LoRA] = {}
+
+    def load(self, shape: Shape) -> None:
+        self.close()
+        self._store = ktjax.ExpertStore.from_arrays(**dict(cases.weights(shape)))
+
+    def prepare(self, case: Case) -> Prepared:
+        if self._store is None:
+            raise RuntimeError("prepare: call load first")
+        function = {"forward": _forward, "lora": _forward, "train": _train}
+        if case.variant not in cases.variants("ktjax", case.pass_name, case.tokens):
+            raise ValueError(f"ktjax: no variant {case.variant!r} of {case.pass_name}")
+        lora = self._adapters(case) if case.adapted else None
+        arguments = []
+        for batch in cases.batches(case):
+            x, ids, w, grad_y = map(jnp.asarray, batch)
+            extra = (grad_y,) if case.pass_name == "train" else ()
+            arguments.append((self._store, lora, x, ids, w, *extra))
+        jax.block_until_ready(arguments)
+        jitted = jax.jit(function[case.pass_name], static_argnames="policy")
+        compiled = jitted.lower(*arguments[0], policy=case.variant).compile()
+
+        def call(arguments: tuple[Any, ...]) -> Callable[[], Any]:
+            return lambda: jax.block_until_ready(compiled(*arguments))
+
+        return Prepared([call(each) for each in arguments], _named, _result_bytes)
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        self._store = None
+        self._lora.clear()
+
+    def _adapters(self, case: Case) -> ktjax.LoRA:
+        if case.rank not in self._lora:
+            arrays = cases.lora(case.shape, case.rank)
+            self._lora[case.rank] = ktjax.LoRA(
+                **{name: jnp.asarray(array) for name, array in arrays.items()}
+            )
+        return self._lora[case.rank]
+
+    def peaks(self, seconds: float) -> dict[str, Any]:
+        """What the machine can do at best, each figure measured for `seconds`."""
+        return _native.measure_peaks(seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """The machine, the kernels in use, and versions."""
+        return {
+            **backend.describe(),
+            "isa": self.pool.isa,
+            "pool_threads": self.pool.config.threads_per_subpool,
+            "ktjax": ktjax.__version__,
+            "jax": jax.__version__,
+        }
+
+    def profile(self) -> dict[str, tuple[float, int]]:
+        """Seconds and calls of each phase since the last time."""
+        return backend.take_profile()
+
+    def workspace_bytes(self) -> int:
+        """Scratch that the pool keeps between calls."""
+        return _native.workspace_bytes()
+
+
+def _forward(store, lora, x, ids, w, policy):
+    return ktjax.moe(
+        x, ids, w, store, lora, scaling=cases.SCALING, activation_policy=policy
+    )
+
+
+def _train(store, lora, x, ids, w, grad_y, policy):
+    y, pullback = jax.vjp(
+        lambda x, w, lora: _forward(store, lora, x, ids, w, policy), x, w, lora
+    )
+    return y, pullback(grad_y)
+
+
+def _result_bytes(result: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+
+
+def _named(result: Any) -> dict[str, np.ndarray]:
+    if not isinstance(result, tuple):
+        return {"y": np.asarray(result, np.float32)}
+    y, (grad_x, grad_w, grad_lora) = result
+    arrays = {"y": y, "x": grad_x, "w": grad_w}
+    arrays |= dict(zip(ktjax.LoRA.NAMES, grad_lora.arrays(), strict=True))
+    return {name: np.asarray(array, np.float32) for name, array in arrays.items()}

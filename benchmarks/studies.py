@@ -1,0 +1,212 @@
+"""What is compared with what: the main table and the questions beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.measure import Entry, Group, interleave, key
+from benchmarks.shapes import Shape
+from benchmarks.worker import Worker
+
+STUDIES = ("table", "skew", "lora", "threads", "memory", "profile")
+LORA_RANKS = (16, 64)
+# Calls of a pass that a profile is averaged over.
+PROFILED_CALLS = 3
+# Calls that the peak of memory is taken over: the second finds the scratch of the first.
+MEMORY_CALLS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the user asked for.
+
+    Attributes:
+      passes: of `shapes.PASSES`, in order.
+      rank: of the adapters.
+      routing: of the main table.
+      rounds: None for as many as the tokens suggest.
+      ragged: whether XLA also runs `lax.ragged_dot`.
+      report: is told what goes on.
+    """
+
+    passes: Sequence[str]
+    rank: int
+    routing: str
+    rounds: int | None
+    ragged: bool
+    report: Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """Memory of a train step above weights, adapters and inputs.
+
+    Attributes:
+      peak_bytes: resident at the worst moment.
+      result_bytes: of that, y and the gradients.
+      scratch_bytes: of that, what ktjax keeps for the next call; None for peers.
+    """
+
+    shape: str
+    tokens: int
+    contender: str
+    rank: int
+    peak_bytes: int
+    result_bytes: int
+    scratch_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Where the time of a pass goes.
+
+    Attributes:
+      phase_ms: by phase, a call; what one worker thread sees, its waits included.
+      wall_ms: of a call, as its caller sees it.
+    """
+
+    shape: str
+    tokens: int
+    pass_name: str
+    contender: str
+    rank: int
+    phase_ms: dict[str, float]
+    wall_ms: float
+
+
+def table(
+    plan: Plan, shape: Shape, tokens: int, ktjax: Worker, peers: list[Worker]
+) -> Group:
+    """ktjax and every peer, all passes."""
+    entries = []
+    for pass_name in plan.passes:
+        baseline = _case(plan, shape, tokens, pass_name, "ktjax", "save").label
+        for worker in (ktjax, *peers):
+            names = cases.variants(worker.family, pass_name, tokens)
+            if worker.family == "xla" and plan.ragged:
+                names = (*names, "ragged f32")
+            for variant in names:
+                case = _case(plan, shape, tokens, pass_name, worker.family, variant)
+                entries.append(
+                    Entry(case.label, worker, case, key(pass_name, baseline))
+                )
+    return _interleave(plan, _title(shape, tokens, plan.routing), entries, ktjax)
+
+
+def skew(plan: Plan, shape: Shape, tokens: int, ktjax: Worker) -> Group:
+    """A few popular experts against all alike."""
+    entries = []
+    for pass_name in plan.passes:
+        for routing in cases.ROUTINGS:
+            case = _case(plan, shape, tokens, pass_name, "ktjax", "save")
+            case = dataclasses.replace(case, routing=routing)
+            entries.append(
+                Entry(f"ktjax {routing}", ktjax, case, key(pass_name, "ktjax uniform"))
+            )
+    return _interleave(plan, f"{_title(shape, tokens)}, routing", entries, ktjax)
+
+
+def lora(plan: Plan, shape: Shape, tokens: int, ktjax: Worker) -> Group:
+    """What adapters cost in the forward."""
+    baseline = key("forward", "ktjax, no LoRA")
+    case = _case(plan, shape, tokens, "forward", "ktjax", "save")
+    entries = [Entry("ktjax, no LoRA", ktjax, case, baseline)]
+    for rank in LORA_RANKS:
+        case = dataclasses.replace(case, pass_name="lora", rank=rank)
+        entries.append(Entry(f"ktjax, rank {rank}", ktjax, case, baseline))
+    return _interleave(plan, f"{_title(shape, tokens)}, LoRA", entries, ktjax)
+
+
+def threads(
+    plan: Plan, shape: Shape, tokens: int, ktjax: Worker, single: Worker
+) -> Group:
+    """One thread against all."""
+    entries = []
+    for pass_name in plan.passes:
+        case = _case(plan, shape, tokens, pass_name, "ktjax", "save")
+        baseline = key(pass_name, "ktjax, 1 thread")
+        entries.append(Entry("ktjax, 1 thread", single, case, baseline))
+        entries.append(Entry("ktjax, all threads", ktjax, case, baseline))
+    return _interleave(plan, f"{_title(shape, tokens)}, threads", entries, ktjax)
+
+
+def memory(
+    plan: Plan, shape: Shape, tokens: int, families: Sequence[str]
+) -> Iterator[MemoryRow]:
+    """The train step of every contender, each in a fresh process."""
+    for family in families:
+        for variant in cases.variants(family, "train", tokens):
+            case = _case(plan, shape, tokens, "train", family, variant)
+            plan.report(f"{_title(shape, tokens)}, memory of {case.label}")
+            with Worker(family) as worker:
+                worker.load(shape)
+                # Code and tables of the libraries are not memory of the step.
+                small = dataclasses.replace(case, tokens=1)
+                if variant in cases.variants(family, "train", 1):
+                    worker.prepare(small)
+                    worker.run(small, 1)
+                worker.prepare(case)
+                used = worker.ask("memory", case=case.to_json(), calls=MEMORY_CALLS)
+                scratch = worker.ask("workspace_bytes") if family == "ktjax" else None
+            yield MemoryRow(
+                shape=shape.name,
+                tokens=tokens,
+                contender=case.label,
+                rank=plan.rank,
+                peak_bytes=used["peak"],
+                result_bytes=used["results"],
+                scratch_bytes=scratch,
+            )
+
+
+def profile(plan: Plan, shape: Shape, tokens: int, worker: Worker) -> Iterator[Profile]:
+    """Seconds by phase; the worker runs with `KTJAX_PROFILE=1`."""
+    for pass_name in plan.passes:
+        for variant in cases.variants("ktjax", pass_name, tokens):
+            case = _case(plan, shape, tokens, pass_name, "ktjax", variant)
+            plan.report(f"{_title(shape, tokens)}, profile of {pass_name}")
+            worker.prepare(case)
+            worker.run(case, 1)
+            worker.ask("profile")
+            seconds = worker.run(case, PROFILED_CALLS)
+            phases = worker.ask("profile")
+            worker.ask("forget")
+            yield Profile(
+                shape=shape.name,
+                tokens=tokens,
+                pass_name=pass_name,
+                contender=case.label,
+                rank=plan.rank if case.adapted else 0,
+                phase_ms={
+                    name: 1e3 * total / PROFILED_CALLS
+                    for name, (total, _) in phases.items()
+                },
+                wall_ms=1e3 * sum(seconds) / PROFILED_CALLS,
+            )
+
+
+def _case(
+    plan: Plan, shape: Shape, tokens: int, pass_name: str, family: str, variant: str
+) -> Case:
+    return Case(shape, tokens, pass_name, family, variant, plan.rank, plan.routing)
+
+
+def _title(shape: Shape, tokens: int, routing: str = "uniform") -> str:
+    skewed = "" if routing == "uniform" else f", {routing} routing"
+    cold = ", cold experts" if tokens == 1 else ""
+    return f"{shape.name}, {tokens} token{'s' * (tokens != 1)}{cold}{skewed}"
+
+
+def _interleave(
+    plan: Plan, title: str, entries: list[Entry], peak_worker: Worker
+) -> Group:
+    return interleave(
+        title,
+        entries,
+        peak_worker=peak_worker,
+        rounds=plan.rounds,
+        report=plan.report,
+    )

@@ -157,11 +157,13 @@ def weights(shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
     e, h, i = shape.experts, shape.hidden, shape.intermediate
     for name, sizes in (("gate", (i, h)), ("up", (i, h)), ("down", (h, i))):
         noise = rng.standard_normal(_NOISE, np.float32) * np.float32(sizes[1] ** -0.5)
-        pool = noise.astype(ml_dtypes.bfloat16)
+        once = noise.astype(ml_dtypes.bfloat16)
+        twice = np.concatenate([once, once])  # so that no window wraps
+        window = min(_NOISE, sizes[0] * sizes[1])
         array = np.empty((e, *sizes), ml_dtypes.bfloat16)
         for expert in range(e):
             offset = expert * 1_000_003 % _NOISE
-            array[expert] = np.resize(np.roll(pool, -offset), sizes)
+            array[expert] = np.resize(twice[offset : offset + window], sizes)
         yield name, array
 
 

@@ -28,12 +28,15 @@ class Ktjax(Contender):
 
     def load(self, shape: Shape) -> None:
         self.close()
-        self._store = ktjax.ExpertStore.from_arrays(**dict(cases.weights(shape)))
+        arrays = dict(cases.weights(shape))
+        self._store = ktjax.ExpertStore.from_arrays(
+            arrays["gate"], arrays["up"], arrays["down"]
+        )
 
     def prepare(self, case: Case) -> Prepared:
         if self._store is None:
             raise RuntimeError("prepare: call load first")
-        function = {"forward": _forward, "lora": _forward, "train": _train}
+        function = _train if case.pass_name == "train" else _forward
         if case.variant not in cases.variants("ktjax", case.pass_name, case.tokens):
             raise ValueError(f"ktjax: no variant {case.variant!r} of {case.pass_name}")
         lora = self._adapters(case) if case.adapted else None
@@ -43,7 +46,7 @@ class Ktjax(Contender):
             extra = (grad_y,) if case.pass_name == "train" else ()
             arguments.append((self._store, lora, x, ids, w, *extra))
         jax.block_until_ready(arguments)
-        jitted = jax.jit(function[case.pass_name], static_argnames="policy")
+        jitted = jax.jit(function, static_argnames="policy")
         compiled = jitted.lower(*arguments[0], policy=case.variant).compile()
 
         def call(arguments: tuple[Any, ...]) -> Callable[[], Any]:

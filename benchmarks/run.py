@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         ktjax = stack.enter_context(Worker("ktjax"))
         peers = [stack.enter_context(Worker(family)) for family in families]
-        found = Report(ktjax.ask("facts"), list(arguments or sys.argv[1:]))
+        command = sys.argv[1:] if arguments is None else list(arguments)
+        found = Report(ktjax.ask("facts"), command)
         report.print_machine(console, found.machine)
         for shape in layers:
             _run_shape(options, plan, shape, ktjax, peers, found, console)

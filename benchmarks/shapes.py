@@ -52,24 +52,17 @@ class Shape:
         return BF16_BYTES * self.experts * self.expert_values
 
     def lora_bytes(self, rank: int) -> int:
-        """The six float32 LoRA arrays: an A and a B for each of three projections."""
-        return (
-            F32_BYTES
-            * 3
-            * self.experts
-            * rank
-            * (
-                self.hidden + self.intermediate  # one side is H, the other I
-            )
-        )
+        """The six float32 LoRA arrays."""
+        # Of each projection's A and B, one is as wide as H and the other as I.
+        widths = 3 * (self.hidden + self.intermediate)
+        return F32_BYTES * self.experts * rank * widths
 
     def capped(self, experts: int | None) -> Shape:
         """The same layer with at most this many experts, named so."""
         if experts is None or experts >= self.experts:
             return self
-        return dataclasses.replace(
-            self, name=f"{self.name}/E{experts}", experts=experts
-        )
+        name = f"{self.name}/E{experts}"
+        return dataclasses.replace(self, name=name, experts=experts)
 
 
 SHAPES = {

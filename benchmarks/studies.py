@@ -15,7 +15,7 @@ STUDIES = ("table", "skew", "lora", "threads", "memory", "profile")
 LORA_RANKS = (16, 64)
 # Calls of a pass that a profile is averaged over.
 PROFILED_CALLS = 3
-# Calls that the peak of memory is taken over: the second finds the scratch of the first.
+# Calls that the peak is taken over: later ones find the scratch of the first.
 MEMORY_CALLS = 3
 
 

@@ -33,7 +33,8 @@ class Torch(Contender):
         self.close()
         arrays = {name: _tensor(array) for name, array in cases.weights(shape)}
         self._base["gate_up"] = torch.cat([arrays.pop("gate"), arrays.pop("up")], 1)
-        self._base["down"] = arrays["down"]
+        # Into memory of torch's own, which is aligned to cache lines.
+        self._base["down"] = arrays["down"].clone()
 
     def prepare(self, case: Case) -> Prepared:
         formulations = {"loop": _loop, "sorted": _sorted, "grouped": _grouped}

@@ -45,7 +45,8 @@ class Worker:
         environment: dict[str, str] | None = None,
     ):
         self.family = family
-        self._log: IO[str] = tempfile.TemporaryFile("w+")
+        # Closed by `close`, as it lives as long as the process.
+        self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-m", "benchmarks.worker", family]
         if threads:
             command += ["--threads", str(threads)]

@@ -1,0 +1,321 @@
+"""The benchmarks: their arithmetic, their contenders, and a whole tiny run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moe_cases import TOLERANCES
+
+import ktjax
+from benchmarks import cases, contenders, measure, run, shapes
+from benchmarks.cases import Case
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.worker import Worker, WorkerError
+
+TINY = Shape("tiny", "no model", experts=8, k=2, hidden=64, intermediate=32)
+RANK = 8  # grouped_mm wants rows of 16 bytes
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+
+
+def test_flops_of_a_known_layer():
+    # 512 tokens x 8 slots x 3 matrices x 2048 x 768 multiply-adds.
+    assert shapes.flops(SHAPES["S1"], 512, "forward") == 38_654_705_664
+    assert shapes.flops(SHAPES["S1"], 512, "lora") == 38_654_705_664
+    assert shapes.flops(SHAPES["S1"], 512, "train") == 77_309_411_328
+
+
+def test_bytes_of_a_known_layer():
+    s1 = SHAPES["S1"]
+    assert s1.weight_bytes == 1_207_959_552  # 128 x 3 x 2048 x 768 x 2
+    assert shapes.weight_traffic(s1, 8, "forward") == 75_497_472
+    assert shapes.weight_traffic(s1, 8, "train") == 150_994_944
+    # (3 x 2048 + 3 x 768) x 16 x 128 x 4
+    assert s1.lora_bytes(16) == 69_206_016
+
+
+def test_sizes_of_the_table_are_those_of_the_models():
+    # Routed expert weights a layer, in millions: 128 x 4.72, 64 x 8.65, ...
+    millions = {name: round(s.weight_bytes / 2e6) for name, s in SHAPES.items()}
+    assert millions == {"S1": 604, "S2": 554, "olmoe": 403, "mixtral": 1409} | {
+        "dsv3": 11274
+    }
+
+
+def test_an_unknown_pass_is_an_error():
+    with pytest.raises(ValueError, match=r"pass: expected .*'train'.*, got 'lora64'"):
+        shapes.flops(TINY, 1, "lora64")
+
+
+def test_a_layer_that_does_not_fit_is_refused_with_what_would():
+    big, families, available = SHAPES["dsv3"], ["ktjax", "xla"], 40 * 10**9
+    with pytest.raises(MemoryError, match=r"dsv3 .*needs about .*--experts (\d+)") as e:
+        shapes.check_memory(big, families, 16, available)
+    experts = int(str(e.value).split("--experts ")[1].split()[0])
+    shapes.check_memory(big.capped(experts), families, 16, available)
+    with pytest.raises(MemoryError):
+        shapes.check_memory(big.capped(experts + 1), families, 16, available)
+
+
+def test_a_capped_layer_says_so():
+    assert TINY.capped(None) is TINY
+    assert TINY.capped(8) is TINY
+    capped = TINY.capped(4)
+    assert (capped.name, capped.experts, capped.k) == ("tiny/E4", 4, 2)
+    with pytest.raises(ValueError, match="needs 2 experts, got 1"):
+        TINY.capped(1)
+
+
+@pytest.mark.parametrize("routing", cases.ROUTINGS)
+def test_tokens_go_to_distinct_experts(routing):
+    case = Case(TINY, 50, "forward", "ktjax", "save", routing=routing)
+    (batch,) = cases.batches(case)
+    assert batch.ids.shape == (50, 2)
+    assert batch.ids.min() >= 0
+    assert batch.ids.max() < TINY.experts
+    assert (batch.ids[:, 0] != batch.ids[:, 1]).all()
+    np.testing.assert_allclose(batch.w.sum(-1), 1, rtol=1e-6)
+
+
+def test_zipf_routing_has_favourites():
+    def busiest(routing):
+        case = Case(TINY, 400, "forward", "ktjax", "save", routing=routing)
+        return np.bincount(cases.batches(case)[0].ids.ravel()).max() / 800
+
+    assert busiest("uniform") < 0.18  # an eighth each, and chance
+    assert busiest("zipf") > 0.25  # the first of 1/i has over a third of the draws
+
+
+def test_decode_steps_use_other_experts():
+    batches = cases.batches(Case(TINY, 1, "forward", "ktjax", "save"))
+    assert len(batches) == cases.DECODE_STEPS
+    first_round = np.concatenate([batch.ids.ravel() for batch in batches[:4]])
+    assert sorted(first_round) == list(range(8))
+
+
+def test_a_case_survives_json():
+    case = Case(TINY, 3, "train", "xla", "padded f32", rank=4, routing="zipf")
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+def test_traffic_counts_distinct_experts():
+    case = Case(TINY, 50, "train", "ktjax", "save")
+    assert case.traffic == 2 * TINY.weight_bytes  # 100 draws of 8: all of them
+    decode = Case(TINY, 1, "forward", "ktjax", "save")
+    assert decode.traffic == TINY.weight_bytes / 4
+
+
+@functools.cache
+def reference(tokens: int, pass_name: str) -> dict[str, np.ndarray]:
+    """y, and for "train" all gradients, in float32, of the last batch."""
+    batch = cases.batches(Case(TINY, tokens, pass_name, "ktjax", "save"))[-1]
+    base = [jnp.asarray(array, jnp.float32) for _, array in cases.weights(TINY)]
+    lora = None
+    if pass_name != "forward":
+        lora = ktjax.LoRA(**cases.lora(TINY, RANK))
+    x, grad_y = (jnp.asarray(a, jnp.float32) for a in (batch.x, batch.grad_y))
+
+    @jax.jit
+    def run(x, w, lora, grad_y):
+        y, pullback = jax.vjp(
+            lambda x, w, lora: ktjax.reference.moe(
+                x, batch.ids, w, *base, lora, scaling=cases.SCALING
+            ),
+            x,
+            w,
+            lora,
+        )
+        return y, pullback(grad_y)
+
+    y, (grad_x, grad_w, grad_lora) = run(x, batch.w, lora, grad_y)
+    if pass_name != "train":
+        return {"y": y}
+    named = zip(ktjax.LoRA.NAMES, grad_lora.arrays(), strict=True)
+    return {"y": y, "x": grad_x, "w": grad_w, **dict(named)}
+
+
+# XLA: float32 sums of up to 64 terms in another order, times the condition of a sum.
+# torch: every product, sum and slot is rounded to bfloat16 by 2^-9, and a few dozen
+# independent roundings come together: sqrt(64) * 2^-9.
+LIMITS = {"ktjax": TOLERANCES["bfloat16"], "xla": 1e-4, "torch": 2**-6}
+
+
+@pytest.mark.parametrize(
+    "family", ["ktjax", "xla", pytest.param("torch", marks=needs_torch)]
+)
+def test_contenders_compute_the_same(use_pool, family):
+    use_pool()
+    contender = contenders.create(family)
+    try:
+        contender.load(TINY)
+        for tokens, pass_name in ((1, "train"), *((9, name) for name in shapes.PASSES)):
+            variants = cases.variants(family, pass_name, tokens)
+            if family == "xla" and pass_name == "train":
+                variants = (*variants, "ragged f32")
+            for variant in variants:
+                case = Case(TINY, tokens, pass_name, family, variant, RANK)
+                check_results(case, contender.prepare(case))
+    finally:
+        contender.close()
+
+
+def check_results(case: Case, prepared: contenders.Prepared) -> None:
+    assert len(prepared.calls) == len(cases.batches(case))
+    got = prepared.named(prepared.calls[-1]())
+    want = reference(case.tokens, case.pass_name)
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert got[name].shape == expected.shape, (case, name)
+        error = np.linalg.norm(got[name] - expected) / np.linalg.norm(expected)
+        # Two numbers may both have cancelled, and keep the errors of their terms.
+        limit = LIMITS[case.family] * (4 if expected.size < 8 else 1)
+        assert error <= limit, f"{case.label} {case.pass_name} {name}: {error:.2e}"
+
+
+class FakeWorker:
+    """Takes a fixed time, or fails."""
+
+    alive = True
+
+    def __init__(self, family, milliseconds, error=None):
+        self.family, self.milliseconds, self.error = family, milliseconds, error
+        self.turns = []
+
+    def prepare(self, case):
+        if self.error:
+            raise WorkerError(self.error)
+
+    def run(self, case, calls):
+        self.turns.append(calls)
+        return [self.milliseconds / 1e3] * calls
+
+    def ask(self, operation, **arguments):
+        if operation == "peaks":
+            return dict.fromkeys(measure.PEAKS, 100.0)
+        assert operation == "forget"
+        return None
+
+
+def test_rows_are_what_their_times_say():
+    ktjax_worker, peer = FakeWorker("ktjax", 2.0), FakeWorker("xla", 5.0)
+    entries = [
+        measure.Entry(
+            worker.family,
+            worker,
+            Case(SHAPES["S1"], 1, "forward", worker.family, "save"),
+            "forward: ktjax",
+        )
+        for worker in (ktjax_worker, peer)
+    ]
+    group = measure.interleave("t", entries, peak_worker=ktjax_worker, rounds=3)
+    mine, theirs = group.rows
+    assert (mine.ratio, theirs.ratio) == (1.0, 2.5)
+    assert mine.calls == 3 * 8  # ten a turn, the first two not counted
+    assert mine.tokens_per_s == pytest.approx(500)
+    assert mine.gflops == pytest.approx(75_497_472 / 2e-3 / 1e9)
+    assert mine.bf16_peak_share == pytest.approx(mine.gflops / 100)
+    assert mine.weight_gbs == pytest.approx(75_497_472 / 2e-3 / 1e9)
+    assert peer.turns == [1, 10, 10, 10]  # one to warm up
+
+
+def test_a_peer_that_fails_is_reported_and_ktjax_is_an_error():
+    good, bad = FakeWorker("ktjax", 1.0), FakeWorker("torch", 1.0, "no grouped_mm")
+    case = Case(TINY, 64, "forward", "ktjax", "save")
+    entries = [
+        measure.Entry("ktjax", good, case, "forward: ktjax"),
+        measure.Entry("torch", bad, case, "forward: ktjax"),
+    ]
+    group = measure.interleave("t", entries, peak_worker=good, rounds=1)
+    assert [row.contender for row in group.rows] == ["ktjax"]
+    assert group.failures == {"forward: torch": "no grouped_mm"}
+    good.error = "closed"
+    with pytest.raises(WorkerError, match="closed"):
+        measure.interleave("t", entries, peak_worker=good, rounds=1)
+
+
+def test_errors_of_another_process_come_back():
+    with Worker("xla") as worker:
+        case = Case(TINY, 3, "forward", "xla", "scan f32")
+        with pytest.raises(WorkerError, match="call load"):
+            worker.prepare(case)
+        worker.load(TINY)
+        worker.prepare(case)  # still there
+        assert len(worker.run(case, 2)) == 2
+    assert not worker.alive
+
+
+def test_a_process_that_ends_says_why():
+    with pytest.raises(WorkerError, match=r"ended with code 1(.|\n)*expected ktjax"):
+        Worker("numpy")
+
+
+def test_a_whole_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setattr(measure, "PEAK_SAMPLES", 1)
+    monkeypatch.setattr(measure, "PEAK_SECONDS", 0.01)
+    path = tmp_path / "results.json"
+    run.main(
+        "--shapes tiny --tokens 40 --passes forward,train --peers xla --rounds 1 "
+        f"--studies table,skew,lora,threads,memory --profile --json {path}".split()
+    )
+    printed = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["schema"] == 1
+    assert found["machine"]["pool_threads"] >= 1
+    titles = [group["title"] for group in found["groups"]]
+    assert len(titles) == 4
+    for title in titles:
+        assert title in printed
+
+    table = found["groups"][0]
+    assert [(row["pass_name"], row["contender"]) for row in table["rows"]] == [
+        *[("forward", contender) for contender in ("ktjax", *XLA)],
+        *[
+            ("train", contender)
+            for contender in ("ktjax save", "ktjax recompute", *XLA)
+        ],
+    ]
+    for group in found["groups"]:
+        assert group["failures"] == {}
+        assert all(group["peaks"][name] > 0 for name in measure.PEAKS)
+        for row in group["rows"]:
+            work = shapes.flops(TINY, 40, row["pass_name"])
+            assert row["gflops"] == pytest.approx(work / row["median_ms"] / 1e6)
+            assert 0 < row["min_ms"] <= row["median_ms"]
+            mine = f"{row['pass_name']}: {row['contender']}" == row["baseline"]
+            assert not mine or row["ratio"] == 1
+
+    results = 2 * 40 * 64 * 2 + 40 * 2 * 4 + TINY.lora_bytes(16)
+    by_name = {row["contender"]: row for row in found["memory"]}
+    assert list(by_name) == ["ktjax save", "ktjax recompute", *XLA]
+    for name in ("ktjax save", "ktjax recompute"):
+        assert by_name[name]["result_bytes"] == results
+        assert by_name[name]["scratch_bytes"] > 0
+
+    profiled = [profile["pass_name"] for profile in found["profiles"]]
+    assert profiled == ["forward", "train", "train"]  # save and recompute
+    for profile in found["profiles"]:
+        assert profile["phase_ms"]
+        assert 0 < sum(profile["phase_ms"].values()) <= profile["wall_ms"]
+
+
+XLA = ("xla padded f32", "xla scan f32")
+
+
+def test_an_unknown_shape_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--shapes", "S3"])
+    assert "expected some of S1,S2" in capsys.readouterr().err
+
+
+def test_too_big_a_layer_ends_the_run_with_advice(monkeypatch):
+    monkeypatch.setattr(shapes, "available_memory", lambda: 8 * 10**9)
+    with pytest.raises(SystemExit, match=r"error: shape dsv3 .*--experts"):
+        run.main(["--shapes", "dsv3", "--peers", ""])

@@ -22,12 +22,14 @@ class Ktjax(Contender):
     """bfloat16 x and weights, float32 adapters."""
 
     def __init__(self, threads: int | None = None):
-        self.pool = backend.get_pool(PoolConfig(threads) if threads else None)
+        self._config = PoolConfig(threads) if threads else None
+        self.pool = backend.get_pool(self._config)
         self._store: ktjax.ExpertStore | None = None
         self._lora: dict[int, ktjax.LoRA] = {}
 
     def load(self, shape: Shape) -> None:
         self.close()
+        self.pool = backend.get_pool(self._config)
         arrays = dict(cases.weights(shape))
         self._store = ktjax.ExpertStore.from_arrays(
             arrays["gate"], arrays["up"], arrays["down"]
@@ -59,6 +61,7 @@ class Ktjax(Contender):
             self._store.close()
         self._store = None
         self._lora.clear()
+        backend.release_pool()  # and its scratch, so that the next load starts afresh
 
     def _adapters(self, case: Case) -> ktjax.LoRA:
         if case.rank not in self._lora:

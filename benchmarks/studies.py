@@ -136,30 +136,34 @@ def threads(
 def memory(
     plan: Plan, shape: Shape, tokens: int, families: Sequence[str]
 ) -> Iterator[MemoryRow]:
-    """The train step of every contender, each in a fresh process."""
+    """The train step of every contender, each library in a fresh process."""
     for family in families:
-        for variant in cases.variants(family, "train", tokens):
-            case = _case(plan, shape, tokens, "train", family, variant)
-            plan.report(f"{_title(shape, tokens)}, memory of {case.label}")
-            with Worker(family) as worker:
-                worker.load(shape)
-                # Code and tables of the libraries are not memory of the step.
-                small = dataclasses.replace(case, tokens=1)
-                if variant in cases.variants(family, "train", 1):
-                    worker.prepare(small)
-                    worker.run(small, 1)
-                worker.prepare(case)
-                used = worker.ask("memory", case=case.to_json(), calls=MEMORY_CALLS)
-                scratch = worker.ask("workspace_bytes") if family == "ktjax" else None
-            yield MemoryRow(
-                shape=shape.name,
-                tokens=tokens,
-                contender=case.label,
-                rank=plan.rank,
-                peak_bytes=used["peak"],
-                result_bytes=used["results"],
-                scratch_bytes=scratch,
-            )
+        with Worker(family) as worker:
+            for variant in cases.variants(family, "train", tokens):
+                case = _case(plan, shape, tokens, "train", family, variant)
+                plan.report(f"{_title(shape, tokens)}, memory of {case.label}")
+                yield _memory_of(case, worker)
+
+
+def _memory_of(case: Case, worker: Worker) -> MemoryRow:
+    worker.load(case.shape)
+    if case.variant in cases.variants(case.family, "train", 1):
+        # Code and tables of the libraries are not memory of the step.
+        small = dataclasses.replace(case, tokens=1)
+        worker.prepare(small)
+        worker.run(small, 1)
+    worker.prepare(case)
+    used = worker.ask("memory", case=case.to_json(), calls=MEMORY_CALLS)
+    own = case.family == "ktjax"
+    return MemoryRow(
+        shape=case.shape.name,
+        tokens=case.tokens,
+        contender=case.label,
+        rank=case.rank,
+        peak_bytes=used["peak"],
+        result_bytes=used["results"],
+        scratch_bytes=worker.ask("workspace_bytes") if own else None,
+    )
 
 
 def profile(plan: Plan, shape: Shape, tokens: int, worker: Worker) -> Iterator[Profile]:

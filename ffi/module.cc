@@ -1,9 +1,11 @@
 // The Python face of the native library: pool, stores, targets, eager calls.
+#include <malloc.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -158,6 +160,12 @@ NB_MODULE(_native, m) {
     return ExplainIsa(ChooseIsa(forced.c_str()));
   });
   m.def("describe", &Describe);
+  m.def("keep_freed_memory", [] {
+    // Every large array from the heap, and the heap never shrinks: a training step then
+    // finds the pages of the last one instead of faulting 70 MB of gradients in again.
+    return mallopt(M_MMAP_MAX, 0) == 1 &&
+           mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max()) == 1;
+  });
   m.def("kernels", [] { return std::string(GetBackend()->kernels.name); });
   m.def("workspace_bytes", [] {
     const auto backend = GetBackend();

@@ -11,7 +11,12 @@ import jax
 import numpy as np
 
 from ktjax import _native
-from ktjax.config import PoolConfig, isa_override, profile_enabled
+from ktjax.config import (
+    PoolConfig,
+    isa_override,
+    keep_freed_memory,
+    profile_enabled,
+)
 
 if TYPE_CHECKING:
     from ktjax.lora import LoRA
@@ -59,6 +64,8 @@ def get_pool(config: PoolConfig | None = None) -> Pool:
             isa = isa_override() or ""
             _native.create_pool(wanted.threads_per_subpool, wanted.subpool_count, isa)
             _native.profile_enable(profile_enabled())
+            if keep_freed_memory():
+                _native.keep_freed_memory()
             _pool = Pool(wanted, _native.choose_isa(isa))
         elif config is not None and config != _pool.config:
             raise RuntimeError(

@@ -118,6 +118,15 @@ def isa_override() -> str | None:
     return os.environ.get("KTJAX_ISA") or None
 
 
+def keep_freed_memory() -> bool:
+    """Whether freed arrays stay with the process for reuse; `KTJAX_KEEP_MEMORY=0` not.
+
+    glibc gives large arrays back to the system at once, and a training step then spends
+    a tenth of its time on page faults.
+    """
+    return os.environ.get("KTJAX_KEEP_MEMORY", "1") not in ("", "0")
+
+
 def profile_enabled() -> bool:
     """Whether `KTJAX_PROFILE=1` asks for per-phase timings of the kernels."""
     return os.environ.get("KTJAX_PROFILE", "") not in ("", "0")

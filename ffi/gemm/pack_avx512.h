@@ -56,16 +56,6 @@ inline __m512i LoadRow32(const float* src, int count) {
                             _mm512_cvtepi32_epi16(high), 1);
 }
 
-// 16 consecutive values of a row as bfloat16 bits in 32-bit lanes.
-template <Part kPart>
-inline __m512i LoadLanes16(const bf16* src, int count) {
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Lanes16(count), src));
-}
-template <Part kPart>
-inline __m512i LoadLanes16(const float* src, int count) {
-  return PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));
-}
-
 // r[i] lane j  <->  r[j] lane i, for 32-bit lanes.
 inline void Transpose16x16(__m512i r[16]) {
   __m512i t[16];
@@ -121,19 +111,43 @@ void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* ds
 template <typename T, Part kPart = Part::kHigh>
 void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst,
                       ptrdiff_t dst_stride) {
+  // Two strips at a time: the 32 values of an even and an odd row, word by word.
+  alignas(64) static constexpr auto kInterleave = [] {
+    struct {
+      uint16_t word[2][32];
+    } index{};
+    for (int half = 0; half < 2; ++half) {
+      for (int w = 0; w < 32; ++w) {
+        index.word[half][w] = static_cast<uint16_t>(16 * half + w / 2 + 32 * (w % 2));
+      }
+    }
+    return index;
+  }();
+  constexpr int kAhead = 8;  // rows chosen by an index are not foreseeable
+  const __m512i low = _mm512_loadu_si512(kInterleave.word[0]);
+  const __m512i high = _mm512_loadu_si512(kInterleave.word[1]);
+  const __m512i zero = _mm512_setzero_si512();
   const int padded = static_cast<int>(RoundUp(depth, kDepth));
+  const int width = strips * kStrip;
   for (int d = 0; d < padded; d += 2) {
+    for (int ahead = d + kAhead; ahead < d + kAhead + 2 && ahead < depth; ++ahead) {
+      const char* line = reinterpret_cast<const char*>(src.row(ahead));
+      for (int i = 0; i < outputs * static_cast<int>(sizeof(T)); i += 64) {
+        _mm_prefetch(line + i, _MM_HINT_T0);
+      }
+    }
     const T* even = d < depth ? src.row(d) : nullptr;
     const T* odd = d + 1 < depth ? src.row(d + 1) : nullptr;
     bf16* out = dst + d / 2 * dst_stride;
-    for (int n = 0; n < strips * kStrip; n += kStrip) {
-      __m512i pair = _mm512_setzero_si512();
-      if (even && n < outputs) pair = LoadLanes16<kPart>(even + n, outputs - n);
-      if (odd && n < outputs) {
-        const __m512i high = LoadLanes16<kPart>(odd + n, outputs - n);
-        pair = _mm512_or_si512(pair, _mm512_slli_epi32(high, 16));
+    for (int n = 0; n < width; n += 2 * kStrip) {
+      const int count = outputs - n;
+      const __m512i a = even && count > 0 ? LoadRow32<kPart>(even + n, count) : zero;
+      const __m512i b = odd && count > 0 ? LoadRow32<kPart>(odd + n, count) : zero;
+      _mm512_storeu_si512(out + 2 * n, _mm512_permutex2var_epi16(a, low, b));
+      if (n + kStrip < width) {
+        _mm512_storeu_si512(out + 2 * n + 2 * kStrip,
+                            _mm512_permutex2var_epi16(a, high, b));
       }
-      _mm512_storeu_si512(out + 2 * n, pair);
     }
   }
 }

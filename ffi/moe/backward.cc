@@ -179,7 +179,20 @@ class BackwardPass : Pass {
          column < std::min(task.last_panel * kPanel, shard(s).width);
          column += kPanel) {
       const int strips = std::min(kPanel, shard(s).width - column) / kStrip;
-      TransposeDown(s, block.expert, column, strips, scratch.panel.high);
+      Prefetch prefetch;
+      if (column + kPanel < task.last_panel * kPanel &&
+          column + 2 * kPanel <= shard(s).width) {
+        prefetch.base = reinterpret_cast<const char*>(
+            store_.DownPanel(s, block.expert, 0) +
+            static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
+        prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+        prefetch.stride = sizeof(bf16) * store_.DownStride(s);
+        prefetch.total_bytes =
+            geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
+      }
+      const bool few_rows = block.count <= kFewRows;
+      TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
+                    scratch.panel.high);
       Terms terms;
       terms.Add(scratch.rows, BasePanel(scratch.panel.high), geometry_.hidden_padded());
       if (rank()) {
@@ -190,19 +203,13 @@ class BackwardPass : Pass {
         terms.Add(LowRankRows(low_rank_grad_, group, block.begin, 2),
                   scratch.lora_panel[0], LowRankDepth());
       }
-      Prefetch prefetch;
-      if (column + kPanel < task.last_panel * kPanel &&
-          column + 2 * kPanel <= shard(s).width) {
-        prefetch.base = reinterpret_cast<const char*>(
-            store_.DownPanel(s, block.expert, 0) +
-            static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
-        prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-        prefetch.stride = sizeof(bf16) * kPanel * shard(s).width;
-        prefetch.total_bytes =
-            geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
-      }
+      const auto touch = [&](int row) {
+        FetchKept<false>(values, group, block.begin + row, shard(s).begin + column,
+                         strips * kStrip);
+      };
       Multiply(
-          terms, block.count, strips, scratch, prefetch, [&](int first, int count) {
+          terms, block.count, strips, scratch, few_rows ? Prefetch{} : prefetch, touch,
+          [&](int first, int count) {
             const int row = block.begin + first, kept = shard(s).begin + column;
             epilogues_.swiglu_grad(
                 scratch.tile, count, strips, &routing_.weights[row],
@@ -218,14 +225,27 @@ class BackwardPass : Pass {
     }
   }
 
+  // With few rows there is too little to multiply to hide the next panel's way from
+  // memory behind: it is fetched while this one is transposed, a quarter of a chunk at
+  // a time.
+  static constexpr int kFewRows = 12;
+  static void FetchQuarter(const Prefetch& next, int64_t chunk, int quarter) {
+    if (!next.base || (chunk + 1) * next.chunk_bytes > next.total_bytes) return;
+    const int64_t bytes = next.chunk_bytes / 4;
+    const char* line = next.base + chunk * next.stride + quarter * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
   // The depths [column, column + 16 strips) of the down panels as outputs.
-  void TransposeDown(int s, int expert, int column, int strips, bf16* dst) const {
+  void TransposeDown(int s, int expert, int column, int strips, const Prefetch& next,
+                     bf16* dst) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
     for (int panel = 0; panel < DownPanels(); ++panel) {
       const int width = store_.DownStrips(panel);
       const bf16* src = store_.DownPanel(s, expert, panel) +
                         static_cast<int64_t>(column / 2) * 2 * kStrip * width;
       for (int strip = 0; strip < width; ++strip) {
+        FetchQuarter(next, panel, strip);
         kernels_.transpose(src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
                            dst + (panel * kPanel + strip * kStrip) / 2 * stride,
                            stride);
@@ -268,7 +288,8 @@ class BackwardPass : Pass {
                  const Scratch& scratch) {
     const int width = shard(s).width;
     const bool lora = rank() && s == 0;
-    for (const int expert : group.active) {
+    for (size_t e = 0; e < group.active.size(); ++e) {
+      const int expert = group.active[e];
       const RowBlock rows =
           RowsOfTokens(routing_, expert, task.first_token, task.last_token);
       if (rows.count == 0) continue;
@@ -276,7 +297,20 @@ class BackwardPass : Pass {
         const int strips = store_.DownStrips(panel);
         const ptrdiff_t stride = 2 * kStrip * strips;
         bf16* up_panel = scratch.panel.high + width / 2 * stride;
-        TransposeGateUp(s, expert, panel, strips, scratch.panel.high, up_panel);
+        const bool more_panels = panel + 1 < task.last_panel;
+        Prefetch prefetch;
+        if (more_panels || e + 1 < group.active.size()) {
+          const int next = more_panels ? panel + 1 : task.first_panel;
+          prefetch.base = reinterpret_cast<const char*>(
+              store_.GateUpPanel(s, more_panels ? expert : group.active[e + 1], 0) +
+              static_cast<int64_t>(next) * kPanel * kPanel);
+          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+          prefetch.stride = sizeof(bf16) * store_.GateUpStride();
+          prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
+        }
+        const bool few_rows = rows.count <= kFewRows;
+        TransposeGateUp(s, expert, panel, strips, few_rows ? prefetch : Prefetch{},
+                        scratch.panel.high, up_panel);
         Terms terms;
         terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
                   BasePanel(scratch.panel.high), width);
@@ -292,18 +326,13 @@ class BackwardPass : Pass {
                       scratch.lora_panel[which], LowRankDepth());
           }
         }
-        Prefetch prefetch;
-        if (panel + 1 < task.last_panel &&
-            store_.DownStrips(panel + 1) == kPanelStrips) {
-          prefetch.base = reinterpret_cast<const char*>(
-              store_.GateUpPanel(s, expert, 0) +
-              static_cast<int64_t>(panel + 1) * (kPanel / 2) * 2 * kPanel);
-          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-          prefetch.stride = sizeof(bf16) * store_.GateUpPanelSize();
-          prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
-        }
-        Multiply(terms, rows.count, strips, scratch, prefetch,
-                 [&](int from, int count) {
+        const auto touch = [&](int row) {
+          const int64_t token = routing_.tokens[rows.begin + row];
+          Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
+                      sizeof(float) * kStrip * strips);
+        };
+        Multiply(terms, rows.count, strips, scratch, few_rows ? Prefetch{} : prefetch,
+                 touch, [&](int from, int count) {
                    epilogues_.scatter_add(
                        scratch.tile, count, strips, &routing_.tokens[rows.begin + from],
                        nullptr, sums_[s] + panel * kPanel, geometry_.hidden_padded());
@@ -313,8 +342,8 @@ class BackwardPass : Pass {
   }
 
   // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs.
-  void TransposeGateUp(int s, int expert, int panel, int strips, bf16* gate,
-                       bf16* up) const {
+  void TransposeGateUp(int s, int expert, int panel, int strips, const Prefetch& next,
+                       bf16* gate, bf16* up) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
     for (int source = 0; source < shard(s).width / kDepth; ++source) {
       const bf16* src = store_.GateUpPanel(s, expert, source) +
@@ -322,7 +351,9 @@ class BackwardPass : Pass {
       for (int half = 0; half < 2; ++half) {
         const int64_t at = (source * kDepth + half * kStrip) / 2 * stride;
         const bf16* pair = src + 4 * kStrip * half;
+        FetchQuarter(next, source, 2 * half);
         kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
+        FetchQuarter(next, source, 2 * half + 1);
         kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
       }
     }

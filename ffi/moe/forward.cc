@@ -109,13 +109,19 @@ class ForwardPass : Pass {
           prefetch.chunk_bytes = prefetch.total_bytes =
               sizeof(bf16) * kPanel * shard(s).width;
         }
-        Multiply(
-            terms, rows.count, strips, scratch, prefetch, [&](int first, int count) {
-              const int row = rows.begin + first;
-              epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
-                                     &routing_.weights[row], sums_[s] + panel * kPanel,
-                                     geometry_.hidden_padded());
-            });
+        const auto touch = [&](int row) {
+          const int64_t token = routing_.tokens[rows.begin + row];
+          Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
+                      sizeof(float) * kStrip * strips);
+        };
+        Multiply(terms, rows.count, strips, scratch, prefetch, touch,
+                 [&](int first, int count) {
+                   const int row = rows.begin + first;
+                   epilogues_.scatter_add(scratch.tile, count, strips,
+                                          &routing_.tokens[row], &routing_.weights[row],
+                                          sums_[s] + panel * kPanel,
+                                          geometry_.hidden_padded());
+                 });
       }
     }
   }

@@ -136,30 +136,32 @@ void Pass::LowRank(Contraction contraction, int s, const Group& group,
     }
     Terms terms;
     terms.Add(rows, panel, static_cast<int>(RoundUp(depth, 2)));
-    Multiply(terms, block.count, width, scratch, {}, [&](int from, int count) {
-      const int row = block.begin + from;
-      for (int i = 0; i < width; ++i) {
-        const int strip = first + i, vector = strip % rank_strips_ * kStrip;
-        const LowRankFactor& factor = factors[strip / rank_strips_];
-        const float* tile = scratch.tile + kStrip * i;
-        if (partial) {
-          // Gate and down have the first half of a row, up the second.
-          const ptrdiff_t stride = 2 * kStrip * rank_strips_;
-          epilogues_.store_rows_f32(tile, count, kStrip,
-                                    partial_[s] + (row - group.first_row) * stride +
-                                        (factor.index == 1) * kStrip * rank_strips_ +
-                                        vector,
-                                    stride);
-          continue;
-        }
-        const bool last = vector + kStrip >= rank();
-        SplitRows dst = LowRankRows(destination, group, row, factor.index);
-        dst.high += vector;
-        epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
-                               last ? low_rank_width_ - vector : kStrip,
-                               inputs_.lora.scaling, dst);
-      }
-    });
+    Multiply(
+        terms, block.count, width, scratch, {}, [](int) {},
+        [&](int from, int count) {
+          const int row = block.begin + from;
+          for (int i = 0; i < width; ++i) {
+            const int strip = first + i, vector = strip % rank_strips_ * kStrip;
+            const LowRankFactor& factor = factors[strip / rank_strips_];
+            const float* tile = scratch.tile + kStrip * i;
+            if (partial) {
+              // Gate and down have the first half of a row, up the second.
+              const ptrdiff_t stride = 2 * kStrip * rank_strips_;
+              epilogues_.store_rows_f32(
+                  tile, count, kStrip,
+                  partial_[s] + (row - group.first_row) * stride +
+                      (factor.index == 1) * kStrip * rank_strips_ + vector,
+                  stride);
+              continue;
+            }
+            const bool last = vector + kStrip >= rank();
+            SplitRows dst = LowRankRows(destination, group, row, factor.index);
+            dst.high += vector;
+            epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
+                                   last ? low_rank_width_ - vector : kStrip,
+                                   inputs_.lora.scaling, dst);
+          }
+        });
   }
 }
 
@@ -261,9 +263,12 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       prefetch.base =
           reinterpret_cast<const char*>(store_.GateUpPanel(s, expert, panel + 1));
       prefetch.chunk_bytes = prefetch.total_bytes =
-          sizeof(bf16) * store_.GateUpPanelSize();
+          sizeof(bf16) * kPanel * geometry_.hidden_padded();
     }
-    Multiply(terms, block.count, kPanelStrips, scratch, prefetch,
+    const auto touch = [&](int row) {
+      FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);
+    };
+    Multiply(terms, block.count, kPanelStrips, scratch, prefetch, touch,
              [&](int first, int count) {
                const int row = block.begin + first, kept = shard(s).begin + column;
                epilogues_.swiglu(scratch.tile, count, kPanelStrips,

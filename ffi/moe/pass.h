@@ -157,10 +157,12 @@ class Pass {
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
-  // tile = rows x panel for all rows, in tiles; epilogue(first, count) consumes each.
-  template <typename Epilogue>
+  // tile = rows x panel for all rows, in tiles. touch(row) fetches what the epilogue
+  // will need of a row, while the product hides the way from memory; epilogue(first,
+  // count) consumes a tile.
+  template <typename Touch, typename Epilogue>
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
-                Prefetch prefetch, Epilogue epilogue) const;
+                Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
   // With several shards these are parts of the contraction: they wait in partial_ until
@@ -193,6 +195,26 @@ class Pass {
   float* Sum(MutableArray result, int s);
   void ClearSum(float* sum, const OutputTask& task) const;
   void Finish(MutableArray result, const OutputTask& task);
+
+  // Fetches `bytes` bytes to L2, to be read or (kWrite) overwritten.
+  template <bool kWrite>
+  static void Fetch(const void* data, int64_t bytes) {
+    const char* line = static_cast<const char*>(data);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, kWrite, 2);
+  }
+  // The same for one row of gate and up in `values`.
+  template <bool kWrite>
+  void FetchKept(const Activations& values, const Group& group, int row, int column,
+                 int columns) const {
+    if (!values.gate) return;
+    const int32_t* index = KeptIndex(values, row);
+    for (bf16* array : {values.gate, values.up}) {
+      const SplitRows rows = KeptRows(values, array, group, row, column);
+      const bf16* high = rows.high + (index ? *index : 0) * rows.stride;
+      Fetch<kWrite>(high, sizeof(bf16) * columns);
+      if (rows.low) Fetch<kWrite>(high + rows.low, sizeof(bf16) * columns);
+    }
+  }
 
   // What names `row` of a group in gate and up of `values`.
   const int32_t* KeptIndex(const Activations& values, int row) const {
@@ -298,9 +320,9 @@ void Pass::Run(Job job) {
   });
 }
 
-template <typename Epilogue>
+template <typename Touch, typename Epilogue>
 void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
-                    Prefetch prefetch, Epilogue epilogue) const {
+                    Prefetch prefetch, Touch touch, Epilogue epilogue) const {
   if (prefetch.base) {
     // Spread over the whole product: the fewer rows there are to hide it behind, the
     // more lines per pair.
@@ -309,6 +331,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
         std::clamp<int64_t>(CeilDiv(prefetch.total_bytes, 64 * pairs), 1, 4));
   }
   ForTiles(kernels_, rows, [&](int first, int count) {
+    for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, prefetch.base ? &prefetch : nullptr);

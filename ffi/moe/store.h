@@ -98,25 +98,33 @@ class ExpertStore {
   size_t bytes() const;
 
   const bf16* GateUpPanel(int shard, int expert, int panel) const {
-    return Block(shard, expert) + static_cast<int64_t>(panel) * GateUpPanelSize();
+    return Block(shard, expert) + panel * GateUpStride();
   }
-  int64_t GateUpPanelSize() const {
-    return static_cast<int64_t>(kPanel) * geometry_.hidden_padded();
-  }
+  // Elements between two panels of an expert.
+  int64_t GateUpStride() const { return PanelStride(geometry_.hidden_padded()); }
   const bf16* DownPanel(int shard, int expert, int panel) const {
-    return Block(shard, expert) + GateUpSize(shard) +
-           static_cast<int64_t>(panel) * kPanel * shards_[shard].width;
+    return Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard);
   }
+  int64_t DownStride(int shard) const { return PanelStride(shards_[shard].width); }
   int DownStrips(int panel) const {
     const int left = geometry_.hidden_padded() / kStrip - panel * kPanelStrips;
     return left < kPanelStrips ? left : kPanelStrips;
   }
 
  private:
-  int64_t GateUpSize(int shard) const {
-    return 2ll * shards_[shard].width * geometry_.hidden_padded();
+  // Large panels are 4 KiB apart. The backward reads the same rows of every panel of an
+  // expert: 256 KiB apart (a hidden size of 2048), they would share a few sets of L1
+  // and L2 and evict one another.
+  static int64_t PanelStride(int64_t depth) {
+    return kPanel * depth + (depth >= 512 ? kPanel * kDepth : 0);
   }
-  int64_t BlockSize(int shard) const { return GateUpSize(shard) / 2 * 3; }
+  int64_t GateUpSize(int shard) const {
+    return shards_[shard].width / kDepth * GateUpStride();
+  }
+  int64_t BlockSize(int shard) const {
+    return GateUpSize(shard) +
+           CeilDiv(geometry_.hidden_padded(), kPanel) * DownStride(shard);
+  }
   const bf16* Block(int shard, int expert) const {
     return static_cast<const bf16*>(memory_[shard].data()) + expert * BlockSize(shard);
   }

@@ -14,8 +14,8 @@ import ktjax
 # Products of bfloat16 operands summed in float32. Every value on the way to a result is
 # rounded a handful of times (inputs of a product, kept gate and up, LoRA factors), each
 # by 2^-9 at most and 2^-9.3 on average, and the errors are independent:
-# sqrt(10) * 2^-9.3 = 0.005. float32 operands are split in two bfloat16, which leaves 2^-8
-# of every such error.
+# sqrt(10) * 2^-9.3 = 0.005. float32 operands are split in two bfloat16, which leaves
+# 2^-8 of every such error.
 TOLERANCES = {"bfloat16": 0.006, "float32": 0.006 * 2**-8}
 MIN_COSINE = 0.9999
 

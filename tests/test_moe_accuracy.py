@@ -65,7 +65,9 @@ def test_matches_reference_with_many_rows(use_pool, case):
 
 
 @pytest.mark.parametrize("subpools", [2, 3])
-@pytest.mark.parametrize("case", [CASES[4], CASES[7], CASES[12], LARGE_CASES[2]], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[4], CASES[7], CASES[12], LARGE_CASES[2]], ids=str
+)
 def test_matches_reference_in_slices(use_pool, case, subpools):
     use_pool(threads=1, subpools=subpools)
     check(case, "save")

@@ -15,7 +15,6 @@ STUDIES = ("table", "skew", "lora", "threads", "memory", "profile")
 LORA_RANKS = (16, 64)
 # Calls of a pass that a profile is averaged over.
 PROFILED_CALLS = 3
-# Calls that the peak is taken over: later ones find the scratch of the first.
 MEMORY_CALLS = 3
 
 
@@ -45,15 +44,18 @@ class MemoryRow:
     """Memory of a train step above weights, adapters and inputs.
 
     Attributes:
-      peak_bytes: resident at the worst moment.
-      result_bytes: of that, y and the gradients.
-      scratch_bytes: of that, what ktjax keeps for the next call; None for peers.
+      first_bytes: resident at the worst moment of the first call.
+      peak_bytes: of `MEMORY_CALLS` calls. The difference is memory that was freed and
+        that the process keeps, in the holes of malloc's arenas.
+      result_bytes: of both, y and the gradients.
+      scratch_bytes: of both, what ktjax keeps for the next call; None for peers.
     """
 
     shape: str
     tokens: int
     contender: str
     rank: int
+    first_bytes: int
     peak_bytes: int
     result_bytes: int
     scratch_bytes: int | None
@@ -160,6 +162,7 @@ def _memory_of(case: Case, worker: Worker) -> MemoryRow:
         tokens=case.tokens,
         contender=case.label,
         rank=case.rank,
+        first_bytes=used["first"],
         peak_bytes=used["peak"],
         result_bytes=used["results"],
         scratch_bytes=worker.ask("workspace_bytes") if own else None,

@@ -180,12 +180,14 @@ class _Server:
         before = _status_bytes("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets VmHWM, proc(5)
+        peaks = []
         results = 0
         for _ in range(calls):
             result = next(cycle)()
             results = prepared.result_bytes(result)
             del result
-        return {"peak": _status_bytes("VmHWM") - before, "results": results}
+            peaks.append(_status_bytes("VmHWM") - before)
+        return {"first": peaks[0], "peak": peaks[-1], "results": results}
 
     def __getattr__(self, name: str) -> Any:
         # What only ktjax has: peaks, facts, profile, workspace_bytes.

@@ -298,6 +298,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     for name in ("ktjax save", "ktjax recompute"):
         assert by_name[name]["result_bytes"] == results
         assert by_name[name]["scratch_bytes"] > 0
+        assert by_name[name]["first_bytes"] <= by_name[name]["peak_bytes"]
 
     profiled = [profile["pass_name"] for profile in found["profiles"]]
     assert profiled == ["forward", "train", "train"]  # save and recompute

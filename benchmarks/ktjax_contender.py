@@ -77,10 +77,11 @@ class Ktjax(Contender):
 
     def facts(self) -> dict[str, Any]:
         """The machine, the kernels in use, and versions."""
+        config = self.pool.config
         return {
             **backend.describe(),
             "isa": self.pool.isa,
-            "pool_threads": self.pool.config.threads_per_subpool,
+            "pool_threads": config.threads_per_subpool * config.subpool_count,
             "ktjax": ktjax.__version__,
             "jax": jax.__version__,
         }

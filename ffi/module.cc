@@ -92,6 +92,7 @@ nb::dict Describe() {
   }
   facts["isas_supported"] = supported;
   facts["numa_nodes"] = ThisTopology().nodes.size();
+  facts["physical_cores"] = ThisTopology().physical_cores();
   return facts;
 }
 

@@ -45,12 +45,19 @@ _lock = threading.Lock()
 _pool: Pool | None = None
 
 
+def default_pool_config() -> PoolConfig:
+    """A sub-pool for every NUMA node, with a thread for every physical core."""
+    facts = _native.describe()
+    nodes = int(facts["numa_nodes"])
+    return PoolConfig(max(1, int(facts["physical_cores"]) // nodes), nodes)
+
+
 def get_pool(config: PoolConfig | None = None) -> Pool:
     """Returns the process-wide pool, starting its threads on the first call.
 
     Args:
       config: threads and sub-pools, or None for the running pool, whatever it is, or
-        for a thread on every CPU when there is none yet.
+        for `default_pool_config()` when there is none yet.
 
     Raises:
       RuntimeError: a pool with another configuration is running.
@@ -60,7 +67,7 @@ def get_pool(config: PoolConfig | None = None) -> Pool:
     global _pool
     with _lock:
         if _pool is None:
-            wanted = config or PoolConfig.default()
+            wanted = config or default_pool_config()
             isa = isa_override() or ""
             _native.create_pool(wanted.threads_per_subpool, wanted.subpool_count, isa)
             _native.profile_enable(profile_enabled())
@@ -95,8 +102,8 @@ def describe() -> dict[str, Any]:
 
     Returns:
       A dict with `cpu` (brand), `isa` and `isa_reason` (the kernels that would be used
-      and why), `isas_supported`, `numa_nodes`, `threads` (CPUs this process may use)
-      and `memory_bytes`.
+      and why), `isas_supported`, `numa_nodes`, `physical_cores`, `threads` (CPUs this
+      process may use) and `memory_bytes`.
     """
     isa = isa_override() or ""
     facts = dict(_native.describe())

@@ -41,11 +41,6 @@ class PoolConfig:
                     f"PoolConfig.{field.name} must be positive, got {value}"
                 )
 
-    @classmethod
-    def default(cls) -> PoolConfig:
-        """One sub-pool with a thread for every CPU this process may run on."""
-        return cls(threads_per_subpool=len(os.sched_getaffinity(0)))
-
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:

@@ -4,6 +4,10 @@
 #ifndef KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
 #define KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 
 #include "base/types.h"
@@ -30,6 +34,10 @@ inline void Load(const bf16* src, F32x16& value) {
 
 // Round to nearest even; NaN stays NaN (quiet) instead of rounding up to infinity.
 inline void Store(const F32x16& value, bf16* dst) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                      (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
   U32x16 bits;
   std::memcpy(&bits, &value, 64);
   const U32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -37,6 +45,7 @@ inline void Store(const F32x16& value, bf16* dst) {
   const U32x16 result = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
   const U16x16 narrow = __builtin_convertvector(result, U16x16);
   std::memcpy(dst, &narrow, 32);
+#endif
 }
 
 template <typename T>
@@ -47,9 +56,18 @@ void StoreSome(const F32x16& value, int count, T* dst) {
   std::memcpy(dst, lanes, sizeof(T) * count);
 }
 
-// value = e^value, to about 2 ulp in [-87, 88] and clamped outside. Cody-Waite
-// reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <=
-// ln(2) / 2.
+// sum = sum * x + c, in one rounding where the instruction set has it.
+inline void MulAdd(F32x16& sum, const F32x16& x, float c) {
+#if defined(__AVX512F__)
+  sum = (F32x16)_mm512_fmadd_ps((__m512)sum, (__m512)x, _mm512_set1_ps(c));
+#else
+  sum = sum * x + c;
+#endif
+}
+
+// value = e^value, to about 3 ulp in [-87, 88] and clamped outside. Cody-Waite
+// reduction by ln 2 in two parts, then the Taylor polynomial of degree 6 on |r| <=
+// ln(2) / 2, where the rest is below 1.2e-7.
 inline void Exp(F32x16& value) {
   const F32x16 zero = {};
   const F32x16 top = zero + 88.3762626647949f, bottom = zero - 87.3365447504019f;
@@ -59,14 +77,13 @@ inline void Exp(F32x16& value) {
   const F32x16 shifted = x * 1.44269504088896341f + magic;
   const F32x16 n = shifted - magic;
   const F32x16 r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  F32x16 p = zero + 1.9841269841e-4f;
-  p = p * r + 1.3888888889e-3f;
-  p = p * r + 8.3333333333e-3f;
-  p = p * r + 4.1666666667e-2f;
-  p = p * r + 1.6666666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  F32x16 p = zero + 1.3888888889e-3f;
+  MulAdd(p, r, 8.3333333333e-3f);
+  MulAdd(p, r, 4.1666666667e-2f);
+  MulAdd(p, r, 1.6666666667e-1f);
+  MulAdd(p, r, 0.5f);
+  MulAdd(p, r, 1.0f);
+  MulAdd(p, r, 1.0f);
   // 2^n: the low bits of `shifted` hold the integer n.
   I32x16 bits;
   std::memcpy(&bits, &shifted, 64);
@@ -79,7 +96,15 @@ inline void Exp(F32x16& value) {
 inline void Sigmoid(const F32x16& x, F32x16& sigma) {
   F32x16 e = -x;
   Exp(e);
-  sigma = 1.0f / (1.0f + e);
+  e += 1.0f;
+#if defined(__AVX512F__)
+  // An estimate to 2^-14 and a Newton step: a division would take as long as all of
+  // Exp.
+  const F32x16 estimate = (F32x16)_mm512_rcp14_ps((__m512)e);
+  sigma = estimate * (2.0f - e * estimate);
+#else
+  sigma = 1.0f / e;
+#endif
 }
 
 inline void LoadSplit(const SplitRows& rows, ptrdiff_t at, F32x16& value) {

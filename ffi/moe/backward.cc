@@ -32,7 +32,7 @@ class BackwardPass : Pass {
  public:
   BackwardPass(const ExpertStore& store, const LayerInputs& inputs, ConstArray grad_y,
                const Residuals& residuals, const Gradients& gradients)
-      : Pass(store, inputs, kPhases),
+      : Pass(store, inputs, kPhases, residuals.gate ? kGroupBytes : kSmallGroupBytes),
         grad_y_(grad_y),
         residuals_(residuals),
         gradients_(gradients),

@@ -10,7 +10,7 @@ class ForwardPass : Pass {
  public:
   ForwardPass(const ExpertStore& store, const LayerInputs& inputs, MutableArray y,
               const Residuals& residuals)
-      : Pass(store, inputs, kPhases), y_(y), residuals_(residuals) {
+      : Pass(store, inputs, kPhases, kGroupBytes), y_(y), residuals_(residuals) {
     for (int s = 0; s < shard_count(); ++s) sums_.push_back(Sum(y, s));
     if (rank()) {
       low_rank_ = backend_.workspace.Get<bf16>(

@@ -40,7 +40,8 @@ void LoRAMatrix::PackDepths(const Kernels& kernels, int expert, int64_t row, int
   }
 }
 
-Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group)
+Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group,
+           int64_t group_bytes)
     : store_(store),
       geometry_(store.geometry()),
       inputs_(inputs),
@@ -50,7 +51,7 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
       lock_(backend_.mutex),
       routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
                      geometry_.experts)),
-      groups_(MakeGroups(routing_, geometry_)) {
+      groups_(MakeGroups(routing_, geometry_, group_bytes)) {
   const int threads = backend_.pool.config().max_threads_per_subpool;
   for (const Group& group : groups_) {
     max_group_rows_ = std::max(max_group_rows_, group.rows());

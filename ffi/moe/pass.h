@@ -119,7 +119,8 @@ struct Activations {
 
 class Pass {
  protected:
-  Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group);
+  Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group,
+       int64_t group_bytes);
 
   int shard_count() const { return static_cast<int>(store_.shards().size()); }
   const Shard& shard(int s) const { return store_.shards()[s]; }

@@ -3,9 +3,6 @@
 namespace ktjax {
 namespace {
 
-// Intermediate values of a group: 8 MiB for each of h, dg and du stay in a server's L3
-// and keep a train step's scratch small, while a group has enough rows to fill threads.
-constexpr int64_t kGroupBytes = 8ll << 20;
 constexpr int64_t kMinGroupRows = 1024;
 
 // Rows that a thread packs at a time. They pass L2 once per panel (one byte a cycle),
@@ -22,9 +19,10 @@ constexpr int kMinTokensPerTask = 64;
 
 }  // namespace
 
-std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry) {
+std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
+                              int64_t group_bytes) {
   const int64_t row_bytes = sizeof(bf16) * geometry.intermediate_padded();
-  const int64_t limit = std::max(kMinGroupRows, kGroupBytes / row_bytes);
+  const int64_t limit = std::max(kMinGroupRows, group_bytes / row_bytes);
   const int block_rows = static_cast<int>(
       std::clamp<int64_t>(kBlockBytes / (sizeof(bf16) * geometry.hidden_padded()),
                           kMinBlockRows, kMaxBlockRows));

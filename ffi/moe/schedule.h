@@ -48,7 +48,14 @@ struct Group {
   int rows() const { return last_row - first_row; }
 };
 
-std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry);
+// Bytes of one intermediate array (h, dg or du) of a group. 8 MiB stay in a server's L3
+// and have rows enough to fill threads. A pass that computes gate and up again holds
+// five such arrays to save memory, so it takes less of each.
+inline constexpr int64_t kGroupBytes = 8ll << 20;
+inline constexpr int64_t kSmallGroupBytes = 2ll << 20;
+
+std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
+                              int64_t group_bytes);
 
 // `panels` panels for every block, cut along panels until there is work for `threads`.
 std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int threads);

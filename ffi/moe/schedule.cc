@@ -15,6 +15,8 @@ constexpr int kMaxBlockRows = 512;
 // it.
 constexpr int64_t kPanelCostInRows = 16;
 constexpr int kTasksPerThread = 6;
+// Output tasks are all alike, and each of them reads every row of the group.
+constexpr int kOutputTasksPerThread = 3;
 constexpr int kMinTokensPerTask = 64;
 
 }  // namespace
@@ -64,7 +66,7 @@ std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int thread
 }
 
 std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads) {
-  const int wanted = threads * kTasksPerThread;
+  const int wanted = threads * kOutputTasksPerThread;
   const int columns = std::min(panels, wanted);
   const int64_t slices = std::clamp<int64_t>(
       wanted / columns, 1, std::max<int64_t>(1, tokens / kMinTokensPerTask));

@@ -12,30 +12,19 @@
 
 #include "base/bf16.h"
 #include "moe/layer.h"
-#include "moe/pass.h"
+#include "moe/lora_grad.h"
 
 namespace ktjax {
 namespace {
 
-// One LoRA gradient as a product over the rows of an expert:
-// grad[i][n] = Σ_r weight[r] low_rank[r][i] source[r][n], stored as is (A) or
-// transposed (B).
-struct GradFactor {
-  const bf16* low_rank;  // of the expert's first row
-  bool weighted;
-  bool transposed;
-  MutableArray grad;  // the expert's matrix
-  int64_t stride;     // its row length
-};
-
-class BackwardPass : Pass {
+class BackwardPass : LoRAGradPass {
  public:
   BackwardPass(const ExpertStore& store, const LayerInputs& inputs, ConstArray grad_y,
                const Residuals& residuals, const Gradients& gradients)
-      : Pass(store, inputs, kPhases, residuals.gate ? kGroupBytes : kSmallGroupBytes),
-        grad_y_(grad_y),
+      : LoRAGradPass(store, inputs, kPhases,
+                     residuals.gate ? kGroupBytes : kSmallGroupBytes, grad_y,
+                     gradients),
         residuals_(residuals),
-        gradients_(gradients),
         recompute_(residuals.gate == nullptr),
         lora_grads_(static_cast<bool>(gradients.lora[kGateA])) {
     Workspace& workspace = backend_.workspace;
@@ -160,9 +149,7 @@ class BackwardPass : Pass {
       watch.Lap("grad x");
     }
     if (lora_grads_) {
-      const int experts = group.last_expert - group.first_expert;
-      counters().ForEach(CounterOf(counter + kLoRAGrad, 0),
-                         static_cast<int64_t>(experts) * (4 + shard_count() * 3),
+      counters().ForEach(CounterOf(counter + kLoRAGrad, 0), LoRAGradTasks(group),
                          [&](int64_t i) { LoRAGrad(group, i, scratch); });
       watch.Lap("grad LoRA");
     }
@@ -359,186 +346,14 @@ class BackwardPass : Pass {
     }
   }
 
-  // The matrix of one expert in a gradient array of `rows` x `columns` per expert.
-  MutableArray GradOf(LoRAArray which, int expert, int64_t rows, int64_t columns,
-                      int64_t row, int64_t column) const {
-    MutableArray grad = gradients_.lora[which];
-    const int64_t offset = (expert * rows + row) * columns + column;
-    grad.data = static_cast<char*>(grad.data) + offset * (grad.is_float32 ? 4 : 2);
-    return grad;
-  }
-
-  // A packing of columns of a [tokens, hidden] array, its rows chosen by token.
-  auto PackGathered(ConstArray array, int row, int begin,
-                    const Scratch& scratch) const {
-    return [=, this](int from, int depth, int column, int outputs, int strips) {
-      const int32_t* tokens = &routing_.tokens[row + from];
-      const ptrdiff_t stride = geometry_.hidden, first = begin + column;
-      if (array.is_float32) {
-        const Rows<float> src{static_cast<const float*>(array.data) + first, stride,
-                              tokens};
-        kernels_.pack_depths_f32(src, depth, outputs, strips, scratch.panel.high,
-                                 2 * kStrip * strips);
-        kernels_.pack_depths_low(src, depth, outputs, strips, scratch.panel.low,
-                                 2 * kStrip * strips);
-      } else {
-        const Rows<bf16> src{static_cast<const bf16*>(array.data) + first, stride,
-                             tokens};
-        kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel.high,
-                                  2 * kStrip * strips);
-      }
-    };
-  }
-
-  // Task i of a group: one source of one expert. The sources, largest first, are x
-  // (dAg, dAu), gy (dBd) and then dg (dBg), du (dBu), h (dAd) of every shard; x and gy
-  // come in two halves of their columns.
-  void LoRAGrad(const Group& group, int64_t i, const Scratch& scratch) {
-    const int sources = 4 + 3 * shard_count();
-    const int expert = group.first_expert + static_cast<int>(i / sources);
-    const int source = static_cast<int>(i % sources);
-    const int row = routing_.offsets[expert], count = routing_.rows_of(expert);
-    const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
-    const bf16* low_rank = LowRankRow(low_rank_, group, row);
-    const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);
-
-    if (source < 4) {
-      const int panels = DownPanels(), half = source % 2;
-      const int begin = panels * half / 2 * kPanel;
-      const int end = std::min(panels * (half + 1) / 2 * kPanel, hidden);
-      if (source < 2) {
-        const GradFactor factors[] = {
-            {low_rank_grad, false, false,
-             GradOf(kGateA, expert, rank(), hidden, 0, begin), hidden},
-            {low_rank_grad + 2 * low_rank_width_, false, false,
-             GradOf(kUpA, expert, rank(), hidden, 0, begin), hidden}};
-        MultiplyOverRows(PackGathered(inputs_.x, row, begin, scratch), row, count,
-                         end - begin, factors, scratch);
-      } else {
-        const GradFactor factor{low_rank + 4 * low_rank_width_, true, true,
-                                GradOf(kDownB, expert, hidden, rank(), begin, 0),
-                                rank()};
-        MultiplyOverRows(PackGathered(grad_y_, row, begin, scratch), row, count,
-                         end - begin, {&factor, 1}, scratch);
-      }
-      return;
-    }
-    const int s = (source - 4) / 3, kind = (source - 4) % 3;
-    const int begin = shard(s).begin;
-    const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_, &hidden_};
-    const LoRAArray grads[] = {kGateB, kUpB, kDownA};
-    const GradFactor factor =
-        kind < 2
-            ? GradFactor{low_rank + 2 * kind * low_rank_width_, false, true,
-                         GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
-                         rank()}
-            : GradFactor{low_rank_grad + 4 * low_rank_width_, true, false,
-                         GradOf(kDownA, expert, rank(), intermediate, 0, begin),
-                         intermediate};
-    const SplitRows source_rows = HiddenRows(*arrays[kind], s, group, row);
-    auto pack = [&](int from, int depth, int column, int outputs, int strips) {
-      const bf16* base = source_rows.high + from * source_rows.stride + column;
-      const Rows<bf16> high{base, source_rows.stride};
-      kernels_.pack_depths_bf16(high, depth, outputs, strips, scratch.panel.high,
-                                2 * kStrip * strips);
-      if (!exact()) return;
-      const Rows<bf16> low{base + source_rows.low, source_rows.stride};
-      kernels_.pack_depths_bf16(low, depth, outputs, strips, scratch.panel.low,
-                                2 * kStrip * strips);
-    };
-    MultiplyOverRows(pack, row, count, Slice(s), {&factor, 1}, scratch);
-  }
-
-  // The gradients of `factors` over the rows of an expert and `columns` columns of a
-  // source, which `pack(first row, depth, first column, outputs, strips)` brings to
-  // scratch.panel with rows as depths.
-  template <typename Pack>
-  void MultiplyOverRows(Pack pack, int row, int count, int columns,
-                        std::span<const GradFactor> factors, const Scratch& scratch) {
-    const ptrdiff_t stride = RoundUp(std::max(count, 1), kDepth);
-    const int rank_rows = static_cast<int>(RoundUp(rank(), kernels_.max_rows));
-    for (size_t f = 0; f < factors.size(); ++f) {
-      TransposeLowRank(factors[f], row, count,
-                       scratch.transposed + 2 * f * rank() * stride, stride);
-    }
-    for (int column = 0; column < columns; column += kPanel) {
-      const int outputs = std::min(kPanel, columns - column);
-      const int strips = static_cast<int>(CeilDiv(outputs, kStrip));
-      if (count == 0) {
-        std::fill_n(scratch.tile, factors.size() * rank_rows * kPanel, 0.0f);
-      }
-      for (int from = 0; from < count; from += kMaxGradDepth) {
-        const int depth = std::min(kMaxGradDepth, count - from);
-        pack(from, depth, column, outputs, strips);
-        for (size_t f = 0; f < factors.size(); ++f) {
-          const SplitRows rows{scratch.transposed + 2 * f * rank() * stride + from,
-                               stride, rank() * stride};
-          Terms terms;
-          terms.Add(rows, scratch.panel, static_cast<int>(RoundUp(depth, 2)));
-          float* tile = scratch.tile + f * rank_rows * kPanel;
-          ForTiles(kernels_, rank(), [&](int first, int tile_rows) {
-            const Terms tile_terms = terms.From(first);
-            kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips,
-                          tile + first * kPanel, from > 0, nullptr);
-          });
-        }
-      }
-      for (size_t f = 0; f < factors.size(); ++f) {
-        StoreGrad(factors[f], scratch.tile + f * rank_rows * kPanel, column, outputs);
-      }
-    }
-  }
-
-  // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low
-  // ones, zero up to `stride` rows.
-  void TransposeLowRank(const GradFactor& factor, int row, int count, bf16* dst,
-                        ptrdiff_t stride) const {
-    for (int r = 0; r < count; ++r) {
-      const bf16* src = factor.low_rank + static_cast<int64_t>(r) * low_rank_stride_;
-      const float weight = routing_.weights[row + r];
-      for (int i = 0; i < rank(); ++i) {
-        bf16 high = src[i], low = src[low_rank_width_ + i];
-        if (factor.weighted) {
-          const float value = weight * (FromBf16(high) + FromBf16(low));
-          high = RoundToBf16(value);
-          low = RoundToBf16(value - FromBf16(high));
-        }
-        dst[i * stride + r] = high;
-        dst[(rank() + i) * stride + r] = low;
-      }
-    }
-    for (int i = 0; i < 2 * rank(); ++i) {
-      std::fill(dst + i * stride + count, dst + (i + 1) * stride, bf16{0});
-    }
-  }
-
-  void StoreGrad(const GradFactor& factor, const float* tile, int column,
-                 int outputs) const {
-    const int64_t offset = factor.transposed ? column * factor.stride : column;
-    if (factor.grad.is_float32) {
-      (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
-          tile, rank(), outputs, static_cast<float*>(factor.grad.data) + offset,
-          factor.stride);
-    } else {
-      (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
-          tile, rank(), outputs, static_cast<bf16*>(factor.grad.data) + offset,
-          factor.stride);
-    }
-  }
-
-  const ConstArray grad_y_;
   const Residuals residuals_;
-  const Gradients gradients_;
   const bool recompute_;
   const bool lora_grads_;
   Residuals recomputed_;                                   // of one group
   std::vector<std::vector<BlockTask>> hidden_grad_tasks_;  // [shard * groups + group]
-  std::vector<bf16*> d_gate_, d_up_;  // per shard [group rows][HiddenStride]
-  bf16* low_rank_ = nullptr;          // [group rows][low_rank_stride_]
-  bf16* low_rank_grad_ = nullptr;     // [group rows][low_rank_stride_]
-  float* dots_ = nullptr;             // [group rows][blocks_]
-  int blocks_ = 0;                    // column blocks of all shards
-  std::vector<int> first_block_;      // per shard
+  float* dots_ = nullptr;                                  // [group rows][blocks_]
+  int blocks_ = 0;                // column blocks of all shards
+  std::vector<int> first_block_;  // per shard
 };
 
 }  // namespace

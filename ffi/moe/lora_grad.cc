@@ -1,0 +1,195 @@
+#include "moe/lora_grad.h"
+
+#include <algorithm>
+
+#include "base/bf16.h"
+
+namespace ktjax {
+
+int64_t LoRAGradPass::LoRAGradTasks(const Group& group) const {
+  return static_cast<int64_t>(group.last_expert - group.first_expert) * Sources();
+}
+
+// A task is one source of one expert; experts without rows get gradients of zero.
+void LoRAGradPass::LoRAGrad(const Group& group, int64_t task,
+                            const Scratch& scratch) const {
+  const int expert = group.first_expert + static_cast<int>(task / Sources());
+  const int source = static_cast<int>(task % Sources());
+  if (source < kTokenSources) {
+    TokenGrad(group, expert, source, scratch);
+  } else {
+    ShardGrad(group, expert, source - kTokenSources, scratch);
+  }
+}
+
+// The matrix of one expert, from (row, column) on, in a gradient array of `rows` x
+// `columns` per expert.
+MutableArray LoRAGradPass::GradOf(LoRAArray which, int expert, int64_t rows,
+                                  int64_t columns, int64_t row, int64_t column) const {
+  MutableArray grad = gradients_.lora[which];
+  const int64_t offset = (expert * rows + row) * columns + column;
+  grad.data = static_cast<char*>(grad.data) + offset * (grad.is_float32 ? 4 : 2);
+  return grad;
+}
+
+void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
+                             const Scratch& scratch) const {
+  const int row = routing_.offsets[expert], hidden = geometry_.hidden;
+  const int panels = DownPanels(), half = source % 2;
+  const int begin = panels * half / 2 * kPanel;
+  const int end = std::min(panels * (half + 1) / 2 * kPanel, hidden);
+  const bool of_x = source < 2;
+  auto pack = [&](int from, int depth, int column, int outputs, int strips) {
+    PackGathered(of_x ? inputs_.x : grad_y_, row + from, depth, begin + column, outputs,
+                 strips, scratch);
+  };
+  auto multiply = [&](std::span<const GradFactor> factors) {
+    MultiplyOverRows(pack, row, routing_.rows_of(expert), end - begin, factors,
+                     scratch);
+  };
+  if (of_x) {
+    const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);
+    const GradFactor factors[] = {
+        {low_rank_grad, false, false, GradOf(kGateA, expert, rank(), hidden, 0, begin),
+         hidden},
+        {low_rank_grad + 2 * low_rank_width_, false, false,
+         GradOf(kUpA, expert, rank(), hidden, 0, begin), hidden}};
+    multiply(factors);
+  } else {
+    const GradFactor factor{LowRankRow(low_rank_, group, row) + 4 * low_rank_width_,
+                            true, true,
+                            GradOf(kDownB, expert, hidden, rank(), begin, 0), rank()};
+    multiply({&factor, 1});
+  }
+}
+
+void LoRAGradPass::ShardGrad(const Group& group, int expert, int source,
+                             const Scratch& scratch) const {
+  const int s = source / kShardSources, kind = source % kShardSources;
+  const int row = routing_.offsets[expert], begin = shard(s).begin;
+  const int intermediate = geometry_.intermediate;
+  const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_, &hidden_};
+  const LoRAArray grads[] = {kGateB, kUpB, kDownA};
+  const GradFactor factor =
+      kind < 2
+          ? GradFactor{LowRankRow(low_rank_, group, row) + 2 * kind * low_rank_width_,
+                       false, true,
+                       GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
+                       rank()}
+          : GradFactor{LowRankRow(low_rank_grad_, group, row) + 4 * low_rank_width_,
+                       true, false,
+                       GradOf(kDownA, expert, rank(), intermediate, 0, begin),
+                       intermediate};
+  const SplitRows rows = HiddenRows(*arrays[kind], s, group, row);
+  auto pack = [&](int from, int depth, int column, int outputs, int strips) {
+    const bf16* base = rows.high + from * rows.stride + column;
+    const ptrdiff_t stride = 2 * kStrip * strips;
+    kernels_.pack_depths_bf16({base, rows.stride}, depth, outputs, strips,
+                              scratch.panel.high, stride);
+    if (!exact()) return;
+    kernels_.pack_depths_bf16({base + rows.low, rows.stride}, depth, outputs, strips,
+                              scratch.panel.low, stride);
+  };
+  MultiplyOverRows(pack, row, routing_.rows_of(expert), Slice(s), {&factor, 1},
+                   scratch);
+}
+
+// Packs columns of a [tokens, hidden] array with the tokens of rows from `row` on as
+// depths.
+void LoRAGradPass::PackGathered(ConstArray array, int row, int depth, int column,
+                                int outputs, int strips, const Scratch& scratch) const {
+  const int32_t* tokens = &routing_.tokens[row];
+  const ptrdiff_t stride = geometry_.hidden, panel_stride = 2 * kStrip * strips;
+  if (array.is_float32) {
+    const Rows<float> src{static_cast<const float*>(array.data) + column, stride,
+                          tokens};
+    kernels_.pack_depths_f32(src, depth, outputs, strips, scratch.panel.high,
+                             panel_stride);
+    kernels_.pack_depths_low(src, depth, outputs, strips, scratch.panel.low,
+                             panel_stride);
+  } else {
+    const Rows<bf16> src{static_cast<const bf16*>(array.data) + column, stride, tokens};
+    kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel.high,
+                              panel_stride);
+  }
+}
+
+// The gradients of `factors` over the rows of an expert and `columns` columns of a
+// source, which `pack(first row, depth, first column, outputs, strips)` brings to
+// scratch.panel with rows as depths.
+template <typename Pack>
+void LoRAGradPass::MultiplyOverRows(Pack pack, int row, int count, int columns,
+                                    std::span<const GradFactor> factors,
+                                    const Scratch& scratch) const {
+  const ptrdiff_t stride = RoundUp(std::max(count, 1), kDepth);
+  const int rank_rows = static_cast<int>(RoundUp(rank(), kernels_.max_rows));
+  for (size_t f = 0; f < factors.size(); ++f) {
+    TransposeLowRank(factors[f], row, count,
+                     scratch.transposed + 2 * f * rank() * stride, stride);
+  }
+  for (int column = 0; column < columns; column += kPanel) {
+    const int outputs = std::min(kPanel, columns - column);
+    const int strips = static_cast<int>(CeilDiv(outputs, kStrip));
+    if (count == 0) {
+      std::fill_n(scratch.tile, factors.size() * rank_rows * kPanel, 0.0f);
+    }
+    for (int from = 0; from < count; from += kMaxGradDepth) {
+      const int depth = std::min(kMaxGradDepth, count - from);
+      pack(from, depth, column, outputs, strips);
+      for (size_t f = 0; f < factors.size(); ++f) {
+        const SplitRows rows{scratch.transposed + 2 * f * rank() * stride + from,
+                             stride, rank() * stride};
+        Terms terms;
+        terms.Add(rows, scratch.panel, static_cast<int>(RoundUp(depth, 2)));
+        float* tile = scratch.tile + f * rank_rows * kPanel;
+        ForTiles(kernels_, rank(), [&](int first, int tile_rows) {
+          const Terms tile_terms = terms.From(first);
+          kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips,
+                        tile + first * kPanel, from > 0, nullptr);
+        });
+      }
+    }
+    for (size_t f = 0; f < factors.size(); ++f) {
+      StoreGrad(factors[f], scratch.tile + f * rank_rows * kPanel, column, outputs);
+    }
+  }
+}
+
+// dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low
+// ones, zero up to `stride` rows.
+void LoRAGradPass::TransposeLowRank(const GradFactor& factor, int row, int count,
+                                    bf16* dst, ptrdiff_t stride) const {
+  for (int r = 0; r < count; ++r) {
+    const bf16* src = factor.low_rank + static_cast<int64_t>(r) * low_rank_stride_;
+    const float weight = routing_.weights[row + r];
+    for (int i = 0; i < rank(); ++i) {
+      bf16 high = src[i], low = src[low_rank_width_ + i];
+      if (factor.weighted) {
+        const float value = weight * (FromBf16(high) + FromBf16(low));
+        high = RoundToBf16(value);
+        low = RoundToBf16(value - FromBf16(high));
+      }
+      dst[i * stride + r] = high;
+      dst[(rank() + i) * stride + r] = low;
+    }
+  }
+  for (int i = 0; i < 2 * rank(); ++i) {
+    std::fill(dst + i * stride + count, dst + (i + 1) * stride, bf16{0});
+  }
+}
+
+void LoRAGradPass::StoreGrad(const GradFactor& factor, const float* tile, int column,
+                             int outputs) const {
+  const int64_t offset = factor.transposed ? column * factor.stride : column;
+  if (factor.grad.is_float32) {
+    (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
+        tile, rank(), outputs, static_cast<float*>(factor.grad.data) + offset,
+        factor.stride);
+  } else {
+    (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
+        tile, rank(), outputs, static_cast<bf16*>(factor.grad.data) + offset,
+        factor.stride);
+  }
+}
+
+}  // namespace ktjax

@@ -234,7 +234,10 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
             named = dict(zip(LORA_NAMES, given, strict=True))
             values = experts_arrays.check_lora(named, shapes)
         else:
-            values = {name: _draw(name, shape, rngs) for name, shape in shapes.items()}
+            values = {
+                name: LoRA.draw(name, shape, rngs.params)
+                for name, shape in shapes.items()
+            }
         for name, value in values.items():
             if self._lora_initialized and getattr(self, name) is not None:
                 # The parameter object stays: an optimizer may already refer to it.
@@ -438,13 +441,3 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         loaded = experts_state.find_loaded(self.store_handle.get_value())
         if loaded is not None and not loaded.closed:
             loaded.close()
-
-
-def _draw(name: str, shape: tuple[int, int, int], rngs: nnx.Rngs) -> jax.Array:
-    """B zero; A uniform within ±1/√in, Kaiming's bound for a = √5."""
-    if name.endswith("_b"):
-        return jnp.zeros(shape, jnp.float32)
-    bound = shape[-1] ** -0.5
-    return jax.random.uniform(
-        rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,6 +81,29 @@ class LoRA:
                 raise TypeError(
                     f"lora.{name}: expected float32 or bfloat16, got {array.dtype}"
                 )
+
+    @staticmethod
+    def draw(
+        name: str,
+        shape: tuple[int, int, int],
+        next_key: Callable[[], Array],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        """The start of a training, as torch and PEFT draw it.
+
+        Args:
+          name: which array, one that ends in "_a" or "_b".
+          shape: its shape.
+          next_key: gives a PRNG key (`nnx.Rngs.params`); called for A only.
+          dtype: its dtype.
+
+        Returns:
+          A: uniform in ±1/√in, Kaiming's bound for a = √5; B: zero.
+        """
+        if name.endswith("_b"):
+            return jnp.zeros(shape, dtype)
+        bound = shape[-1] ** -0.5
+        return jax.random.uniform(next_key(), shape, dtype, minval=-bound, maxval=bound)
 
     @staticmethod
     def shapes(

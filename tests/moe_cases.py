@@ -19,8 +19,6 @@ import ktjax
 TOLERANCES = {"bfloat16": 0.006, "float32": 0.006 * 2**-8}
 MIN_COSINE = 0.9999
 
-GRADIENTS = ("x", "w", *ktjax.LoRA.NAMES)
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -10,15 +10,13 @@
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
 #include "gemm/pack_generic.h"
+#include "gemm/prefetch.h"
 
 namespace ktjax {
 namespace {
 
 constexpr int kMaxRows = 24;
 constexpr int kTileRegisters = 24;
-// Prefetches are scheduled for this many depth pairs at a time.
-constexpr int kPairsPerBlock = 16;
-constexpr int kLine = 64;
 
 template <int kRows, int kStrips, int kFirst, int kStep>
 [[gnu::always_inline]] inline void AddPairs(const Term& term, int row, int begin,
@@ -35,7 +33,7 @@ template <int kRows, int kStrips, int kFirst, int kStep>
       panel[s] = (__m512bh)_mm512_loadu_si512(b + 2 * kStrip * s);
     }
     b += 2 * kStrip * kWidth;
-    for (int i = 0; i < lines; ++i, prefetch += kLine) {
+    for (int i = 0; i < lines; ++i, prefetch += kCacheLine) {
       _mm_prefetch(prefetch, _MM_HINT_T1);
     }
 #pragma GCC unroll 24
@@ -76,18 +74,12 @@ void Tile(const Term* terms, int n_terms, int row, float* c, bool accumulate,
       }
       continue;
     }
-    int pair = 0;
-    while (prefetch && prefetch->position < prefetch->total_bytes &&
-           pair + kPairsPerBlock <= pairs) {
-      const int64_t chunk = prefetch->position / prefetch->chunk_bytes;
-      const char* line = prefetch->base + chunk * prefetch->stride +
-                         prefetch->position % prefetch->chunk_bytes;
-      AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, pair + kPairsPerBlock, sum, line,
-                                     prefetch->lines_per_pair);
-      prefetch->position += kPairsPerBlock * kLine * prefetch->lines_per_pair;
-      pair += kPairsPerBlock;
+    for (int pair = 0; pair < pairs;) {
+      const PrefetchRun run = NextRun(prefetch, pairs - pair, 1);
+      AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, pair + run.steps, sum, run.line,
+                                     run.lines_per_step);
+      pair += run.steps;
     }
-    AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, pairs, sum, nullptr, 0);
   }
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {

@@ -314,9 +314,7 @@ class BackwardPass : LoRAGradPass {
           }
         }
         const auto touch = [&](int row) {
-          const int64_t token = routing_.tokens[rows.begin + row];
-          Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
-                      sizeof(float) * kStrip * strips);
+          FetchSum(s, rows.begin + row, panel, strips);
         };
         Multiply(terms, rows.count, strips, scratch, few_rows ? Prefetch{} : prefetch,
                  touch, [&](int from, int count) {

@@ -110,9 +110,7 @@ class ForwardPass : Pass {
               sizeof(bf16) * kPanel * shard(s).width;
         }
         const auto touch = [&](int row) {
-          const int64_t token = routing_.tokens[rows.begin + row];
-          Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
-                      sizeof(float) * kStrip * strips);
+          FetchSum(s, rows.begin + row, panel, strips);
         };
         Multiply(terms, rows.count, strips, scratch, prefetch, touch,
                  [&](int first, int count) {

@@ -203,7 +203,13 @@ class Pass {
     const char* line = static_cast<const char*>(data);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, kWrite, 2);
   }
-  // The same for one row of gate and up in `values`.
+  // The place of `row` of the layer in a shard's sums, to be added to.
+  void FetchSum(int s, int row, int panel, int strips) const {
+    const int64_t token = routing_.tokens[row];
+    Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
+                sizeof(float) * kStrip * strips);
+  }
+  // One row of gate and up in `values`.
   template <bool kWrite>
   void FetchKept(const Activations& values, const Group& group, int row, int column,
                  int columns) const {

@@ -3,13 +3,13 @@
 #define KTJAX_FFI_MOE_SCHEDULE_H_
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "moe/routing.h"
 #include "moe/store.h"
+#include "pool/task_counter.h"
 
 namespace ktjax {
 
@@ -65,23 +65,18 @@ std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads)
 // The rows of `expert` whose tokens are in [first, last).
 RowBlock RowsOfTokens(const Routing& routing, int expert, int first, int last);
 
-// Every phase of a job takes its tasks from a counter of its own, on its own cache
-// line.
+// Every phase of a job takes its tasks from a counter of its own.
 class Counters {
  public:
-  explicit Counters(int count) : next_(new Counter[count]) {}
+  explicit Counters(int count) : counters_(new TaskCounter[count]) {}
   // Calls f(i) for the tasks that no other worker has taken.
   template <typename F>
   void ForEach(int counter, int64_t tasks, F f) {
-    std::atomic<int64_t>& next = next_[counter].value;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+    for (int64_t i; (i = counters_[counter].Claim()) < tasks;) f(i);
   }
 
  private:
-  struct alignas(64) Counter {
-    std::atomic<int64_t> value{0};
-  };
-  std::unique_ptr<Counter[]> next_;
+  std::unique_ptr<TaskCounter[]> counters_;
 };
 
 // Calls f(first_row, rows) for equal tiles of at most max_rows, in steps of row_step.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ktjax.config import MAX_LORA_RANK
 from ktjax.experts_state import StoreForm, StoreHandle
 from ktjax.lora import LoRA
 from ktjax.ops import reference
@@ -38,17 +39,12 @@ def _init_lora(
 ) -> None:
     """Put the six `nnx.LoRAParam`s on `module`: A Kaiming-uniform (a=√5), B zero."""
     experts, intermediate, hidden = geometry
-    if not 1 <= rank <= 256:
-        raise ValueError(f"routed experts: lora_rank must be 1 to 256, got {rank}")
-    # Kaiming-uniform with a = √5 is uniform in ±1/√fan_in: variance 1/(3 fan_in).
-    uniform = nnx.initializers.variance_scaling(
-        1 / 3, "fan_in", "uniform", in_axis=2, out_axis=1, batch_axis=0
-    )
+    if not 1 <= rank <= MAX_LORA_RANK:
+        raise ValueError(
+            f"routed experts: lora_rank must be 1 to {MAX_LORA_RANK}, got {rank}"
+        )
     for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
-        if name.endswith("_a"):
-            value = uniform(rngs.params(), shape, param_dtype)
-        else:
-            value = jnp.zeros(shape, param_dtype)
+        value = LoRA.draw(name, shape, rngs.params, param_dtype)
         setattr(module, name, nnx.LoRAParam(value))
 
 

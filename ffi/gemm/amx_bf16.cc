@@ -1,5 +1,6 @@
 // Kernels for AMX with bfloat16 tiles (Sapphire Rapids and later).
 #include "gemm/amx_impl.h"
+#include "gemm/contract_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -24,6 +25,7 @@ const Kernels kAmxBf16Kernels = {
     .row_step = kAmxRowStep,
     .gemm = AmxBf16Gemm::Gemm,
     .transpose = Avx512Transpose,
+    .contract_outputs = Avx512ContractOutputs,
     .pack_outputs_f32 = Avx512PackOutputs<float>,
     .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
     .pack_depths_f32 = Avx512PackDepths<float>,

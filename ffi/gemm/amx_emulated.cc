@@ -25,6 +25,7 @@ const Kernels kAmxEmulatedKernels = {
     .row_step = kAmxRowStep,
     .gemm = AmxEmulatedGemm::Gemm,
     .transpose = GenericTranspose,
+    .contract_outputs = nullptr,
     .pack_outputs_f32 = GenericPackOutputs<float>,
     .pack_outputs_bf16 = GenericPackOutputs<bf16>,
     .pack_depths_f32 = GenericPackDepths<float>,

@@ -13,6 +13,7 @@ const Kernels kAvx2Kernels = {
     .row_step = 1,
     .gemm = FmaGemm,
     .transpose = GenericTranspose,
+    .contract_outputs = nullptr,
     .pack_outputs_f32 = GenericPackOutputs<float>,
     .pack_outputs_bf16 = GenericPackOutputs<bf16>,
     .pack_depths_f32 = GenericPackDepths<float>,

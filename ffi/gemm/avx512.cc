@@ -15,6 +15,7 @@ const Kernels kAvx512Kernels = {
     .row_step = 1,
     .gemm = FmaGemm,
     .transpose = Avx512Transpose,
+    .contract_outputs = nullptr,
     .pack_outputs_f32 = Avx512PackOutputs<float>,
     .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
     .pack_depths_f32 = Avx512PackDepths<float>,

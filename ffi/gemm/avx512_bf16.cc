@@ -5,6 +5,7 @@
 // 24 products. The panel streams from L2 (11 bytes a cycle), the rows stay in L1.
 #include <immintrin.h>
 
+#include "gemm/contract_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -151,6 +152,7 @@ const Kernels kAvx512Bf16Kernels = {
     .row_step = 1,
     .gemm = Gemm,
     .transpose = Avx512Transpose,
+    .contract_outputs = Avx512ContractOutputs,
     .pack_outputs_f32 = Avx512PackOutputs<float>,
     .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
     .pack_depths_f32 = Avx512PackDepths<float>,

@@ -50,6 +50,14 @@ struct Prefetch {
   int lines_per_pair = 1;  // cache lines to fetch per depth pair, 1..4
 };
 
+// Rows of operand a of a product over a panel's outputs: for every strip of the panel,
+// where the first row's 16 values lie, and the elements between rows.
+struct StripRows {
+  const bf16* strip[kPanelStrips];
+  ptrdiff_t stride;
+};
+inline constexpr int kMaxContractRows = 8;
+
 // Source rows of a packing routine: row i starts at base + index[i] * stride elements,
 // or at base + i * stride when index is null.
 template <typename T>
@@ -132,6 +140,13 @@ struct Kernels {
   // elements between consecutive depth pairs.
   void (*transpose)(const bf16* src, ptrdiff_t src_stride, int blocks, bf16* dst,
                     ptrdiff_t dst_stride);
+
+  // The product over a panel's outputs, for 1 to kMaxContractRows rows:
+  //   c[r][d] += sum_{s, i} a.strip[s][r * a.stride + i] * panel[d][16 s + i]
+  // for the depths d < 2 * pairs; pairs is a multiple of 16. Where there is none (null),
+  // panels are transposed first, which costs a round trip through L2.
+  void (*contract_outputs)(const StripRows& a, int rows, const bf16* panel, int strips,
+                           int pairs, float* c, ptrdiff_t c_stride, Prefetch* prefetch);
 
   // Packs strips of a panel from source rows that are OUTPUTS (the contraction is
   // contiguous): dst[(d / 2) * dst_stride + 2 n + d % 2] = bf16(src.row(n)[d]) for

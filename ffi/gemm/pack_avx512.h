@@ -49,6 +49,14 @@ inline __m512i LoadRow32(const bf16* src, int count) {
 }
 template <Part kPart>
 inline __m512i LoadRow32(const float* src, int count) {
+#ifdef __AVX512BF16__
+  // Five times faster; it takes denormals for zero, as the products do.
+  if constexpr (kPart == Part::kHigh) {
+    return (__m512i)_mm512_cvtne2ps_pbh(
+        _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16),
+        _mm512_maskz_loadu_ps(Lanes16(count), src));
+  }
+#endif
   const __m512i low = PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));
   const __m512i high =
       PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
@@ -159,53 +167,65 @@ void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst
 //   shuffle lanes  p1 <-> n2     128-bit lane = p1 n3
 //   permute words  p2 <-> n3     and sorts the register to lane = p2 p1 p0 parity, half
 //   n0
+// Word w of a result: lane k = w / 2 (k3 = p2, k2 = p1, k1 = p0, k0 = parity), half
+// n0 = w % 2. It comes from operand p2, 128-bit lane 2 p1 + n3, 32-bit lane 2 n0 + p0,
+// half parity.
+struct TransposeIndex {
+  alignas(64) uint16_t word[2][32];  // by n3
+};
+constexpr TransposeIndex kTransposeIndex = [] {
+  TransposeIndex index{};
+  for (int n3 = 0; n3 < 2; ++n3) {
+    for (int w = 0; w < 32; ++w) {
+      const int k = w / 2, n0 = w % 2;
+      const int p2 = k >> 3 & 1, p1 = k >> 2 & 1, p0 = k >> 1 & 1, parity = k & 1;
+      index.word[n3][w] = static_cast<uint16_t>(32 * p2 + 8 * (2 * p1 + n3) +
+                                                2 * (2 * n0 + p0) + parity);
+    }
+  }
+  return index;
+}();
+
+// The half p3 of a block: 8 depth pairs of 16 outputs, from `in` on, become 8 output
+// pairs (n3 n2 n1) of 16 depths. `low` and `high` are the two words of kTransposeIndex.
+[[gnu::always_inline]] inline void TransposeHalf(const bf16* in, ptrdiff_t in_stride,
+                                                 __m512i low, __m512i high,
+                                                 __m512i (&out)[8]) {
+  __m512i a[8], b[8];  // a: index (p2 p1 n1), b: index (p2 n2 n1)
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    const __m512i even = _mm512_loadu_si512(in + 2 * p * in_stride);
+    const __m512i odd = _mm512_loadu_si512(in + (2 * p + 1) * in_stride);
+    a[2 * p] = _mm512_unpacklo_epi32(even, odd);
+    a[2 * p + 1] = _mm512_unpackhi_epi32(even, odd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int p2 = i >> 1, n1 = i & 1;
+    const __m512i x = a[4 * p2 + n1], y = a[4 * p2 + 2 + n1];
+    b[4 * p2 + n1] = _mm512_shuffle_i32x4(x, y, 0x88);
+    b[4 * p2 + 2 + n1] = _mm512_shuffle_i32x4(x, y, 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // i = n2 n1
+    out[i] = _mm512_permutex2var_epi16(b[i], low, b[4 + i]);
+    out[4 + i] = _mm512_permutex2var_epi16(b[i], high, b[4 + i]);
+  }
+}
+
 inline void Avx512Transpose(const bf16* src, ptrdiff_t src_stride, int blocks,
                             bf16* dst, ptrdiff_t dst_stride) {
-  // Word w of the result: lane k = w / 2 (k3 = p2, k2 = p1, k1 = p0, k0 = parity), half
-  // n0 = w % 2. It comes from operand p2, 128-bit lane 2 p1 + n3, 32-bit lane
-  // 2 n0 + p0, half parity.
-  alignas(64) static constexpr auto kIndex = [] {
-    struct {
-      uint16_t word[2][32];
-    } index{};
-    for (int n3 = 0; n3 < 2; ++n3) {
-      for (int w = 0; w < 32; ++w) {
-        const int k = w / 2, n0 = w % 2;
-        const int p2 = k >> 3 & 1, p1 = k >> 2 & 1, p0 = k >> 1 & 1, parity = k & 1;
-        index.word[n3][w] = static_cast<uint16_t>(32 * p2 + 8 * (2 * p1 + n3) +
-                                                  2 * (2 * n0 + p0) + parity);
-      }
-    }
-    return index;
-  }();
-  const __m512i low = _mm512_loadu_si512(kIndex.word[0]);
-  const __m512i high = _mm512_loadu_si512(kIndex.word[1]);
+  const __m512i low = _mm512_loadu_si512(kTransposeIndex.word[0]);
+  const __m512i high = _mm512_loadu_si512(kTransposeIndex.word[1]);
   for (int block = 0; block < blocks; ++block) {
 #pragma GCC unroll 2
     for (int p3 = 0; p3 < 2; ++p3) {
-      const bf16* in = src + (block * 16 + p3 * 8) * src_stride;
-      __m512i a[8], b[8];  // a: index (p2 p1 n1), b: index (p2 n2 n1)
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        const __m512i even = _mm512_loadu_si512(in + 2 * p * src_stride);
-        const __m512i odd = _mm512_loadu_si512(in + (2 * p + 1) * src_stride);
-        a[2 * p] = _mm512_unpacklo_epi32(even, odd);
-        a[2 * p + 1] = _mm512_unpackhi_epi32(even, odd);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int p2 = i >> 1, n1 = i & 1;
-        const __m512i x = a[4 * p2 + n1], y = a[4 * p2 + 2 + n1];
-        b[4 * p2 + n1] = _mm512_shuffle_i32x4(x, y, 0x88);
-        b[4 * p2 + 2 + n1] = _mm512_shuffle_i32x4(x, y, 0xdd);
-      }
-      bf16* out = dst + 64 * block + 32 * p3;
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {  // i = n2 n1
-        _mm512_storeu_si512(out + i * dst_stride,
-                            _mm512_permutex2var_epi16(b[i], low, b[4 + i]));
-        _mm512_storeu_si512(out + (4 + i) * dst_stride,
-                            _mm512_permutex2var_epi16(b[i], high, b[4 + i]));
+      __m512i out[8];
+      TransposeHalf(src + (block * 16 + p3 * 8) * src_stride, src_stride, low, high,
+                    out);
+#pragma GCC unroll 8
+      for (int pair = 0; pair < 8; ++pair) {
+        _mm512_storeu_si512(dst + 64 * block + 32 * p3 + pair * dst_stride, out[pair]);
       }
     }
   }

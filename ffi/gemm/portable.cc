@@ -46,6 +46,7 @@ const Kernels kPortableKernels = {
     .row_step = 1,
     .gemm = Gemm,
     .transpose = GenericTranspose,
+    .contract_outputs = nullptr,
     .pack_outputs_f32 = GenericPackOutputs<float>,
     .pack_outputs_bf16 = GenericPackOutputs<bf16>,
     .pack_depths_f32 = GenericPackDepths<float>,

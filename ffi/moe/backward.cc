@@ -9,6 +9,7 @@
 // gy enters the product unweighted: as bfloat16 it is exact there, w gy would not be.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/bf16.h"
 #include "moe/layer.h"
@@ -161,27 +162,32 @@ class BackwardPass : LoRAGradPass {
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
                   const Activations& values, const Scratch& scratch) {
     const RowBlock& block = task.rows;
+    const int begin = task.first_panel * kPanel;
+    const int end = std::min(task.last_panel * kPanel, shard(s).width);
+    const bool contract = Contracts(block.count);
     GatherRows(grad_y_, block, scratch);
-    for (int column = task.first_panel * kPanel;
-         column < std::min(task.last_panel * kPanel, shard(s).width);
-         column += kPanel) {
-      const int strips = std::min(kPanel, shard(s).width - column) / kStrip;
+    if (contract) ContractDown(s, block, begin, end, scratch);
+    for (int column = begin; column < end; column += kPanel) {
+      const int strips = std::min(kPanel, end - column) / kStrip;
       Prefetch prefetch;
-      if (column + kPanel < task.last_panel * kPanel &&
-          column + 2 * kPanel <= shard(s).width) {
-        prefetch.base = reinterpret_cast<const char*>(
-            store_.DownPanel(s, block.expert, 0) +
-            static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
-        prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-        prefetch.stride = sizeof(bf16) * store_.DownStride(s);
-        prefetch.total_bytes =
-            geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
-      }
-      const bool few_rows = block.count <= kFewRows;
-      TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
-                    scratch.panel.high);
       Terms terms;
-      terms.Add(scratch.rows, BasePanel(scratch.panel.high), geometry_.hidden_padded());
+      if (!contract) {
+        if (column + 2 * kPanel <= end) {
+          prefetch.base = reinterpret_cast<const char*>(
+              store_.DownPanel(s, block.expert, 0) +
+              static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
+          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+          prefetch.stride = sizeof(bf16) * store_.DownStride(s);
+          prefetch.total_bytes =
+              geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
+        }
+        const bool few_rows = block.count <= kFewRows;
+        TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
+                      scratch.panel.high);
+        if (few_rows) prefetch = {};
+        terms.Add(scratch.rows, BasePanel(scratch.panel.high),
+                  geometry_.hidden_padded());
+      }
       if (rank()) {
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
                                   shard(s).begin + column,
@@ -194,22 +200,118 @@ class BackwardPass : LoRAGradPass {
         FetchKept<false>(values, group, block.begin + row, shard(s).begin + column,
                          strips * kStrip);
       };
-      Multiply(
-          terms, block.count, strips, scratch, few_rows ? Prefetch{} : prefetch, touch,
-          [&](int first, int count) {
-            const int row = block.begin + first, kept = shard(s).begin + column;
-            epilogues_.swiglu_grad(
-                scratch.tile, count, strips, &routing_.weights[row],
-                KeptIndex(values, row), KeptRows(values, values.gate, group, row, kept),
-                KeptRows(values, values.up, group, row, kept),
-                HiddenRows(d_gate_, s, group, row, column),
-                HiddenRows(d_up_, s, group, row, column),
-                lora_grads_ ? HiddenRows(hidden_, s, group, row, column) : SplitRows{},
-                dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
-                    first_block_[s] + column / kPanel,
-                blocks_);
-          });
+      const auto epilogue = [&](int first, int count) {
+        const int row = block.begin + first, kept = shard(s).begin + column;
+        epilogues_.swiglu_grad(
+            scratch.tile, count, strips, &routing_.weights[row], KeptIndex(values, row),
+            KeptRows(values, values.gate, group, row, kept),
+            KeptRows(values, values.up, group, row, kept),
+            HiddenRows(d_gate_, s, group, row, column),
+            HiddenRows(d_up_, s, group, row, column),
+            lora_grads_ ? HiddenRows(hidden_, s, group, row, column) : SplitRows{},
+            dots_ + static_cast<int64_t>(row - group.first_row) * blocks_ +
+                first_block_[s] + column / kPanel,
+            blocks_);
+      };
+      if (contract) {
+        AddToSums(terms, block.count, strips, column - begin, end - begin, scratch,
+                  touch, epilogue);
+      } else {
+        Multiply(terms, block.count, strips, scratch, prefetch, touch, epilogue);
+      }
     }
+  }
+
+  // Products over outputs, for experts of few rows: panels stream from memory in the
+  // order in which they lie there, and are transposed in registers.
+  bool Contracts(int expert_rows) const {
+    return kernels_.contract_outputs && expert_rows <= kMaxContractRows;
+  }
+  static ptrdiff_t SumsStride(int columns) { return columns + kStrip; }
+
+  // scratch.sums = 0, then += `rows` of a (its low parts as well) times chunks of `pairs`
+  // depth pairs of `panels` panels; chunk(p) and operand(p, part) name them.
+  template <typename Chunk, typename Operand>
+  void Contract(int panels, int rows, int pairs, Chunk chunk, Operand operand,
+                const char* next, const Scratch& scratch) const {
+    const ptrdiff_t stride = SumsStride(2 * pairs);
+    std::fill_n(scratch.sums, rows * stride, 0.0f);
+    for (int p = 0; p < panels; ++p) {
+      const auto [data, strips] = chunk(p);
+      Prefetch prefetch;
+      prefetch.base =
+          p + 1 < panels ? reinterpret_cast<const char*>(chunk(p + 1).first) : next;
+      if (prefetch.base) {
+        prefetch.chunk_bytes = prefetch.total_bytes =
+            sizeof(bf16) * 2 * kStrip * strips * pairs;
+        prefetch.lines_per_pair = strips;
+      }
+      kernels_.contract_outputs(operand(p, Part::kHigh), rows, data, strips, pairs,
+                                scratch.sums, stride, &prefetch);
+      if (exact()) {
+        kernels_.contract_outputs(operand(p, Part::kLow), rows, data, strips, pairs,
+                                  scratch.sums, stride, nullptr);
+      }
+    }
+  }
+
+  // The columns [begin, end) of gy Wd.
+  void ContractDown(int s, const RowBlock& block, int begin, int end,
+                    const Scratch& scratch) const {
+    const auto chunk = [&](int p) {
+      const int strips = store_.DownStrips(p);
+      return std::pair(store_.DownPanel(s, block.expert, p) + begin * kStrip * strips,
+                       strips);
+    };
+    const auto operand = [&](int p, Part part) {
+      StripRows rows{{}, scratch.rows.stride};
+      for (int i = 0; i < kPanelStrips; ++i) {
+        rows.strip[i] = scratch.rows.high +
+                        (part == Part::kLow ? scratch.rows.low : 0) + p * kPanel +
+                        i * kStrip;
+      }
+      return rows;
+    };
+    Contract(DownPanels(), block.count, (end - begin) / 2, chunk, operand, nullptr,
+             scratch);
+  }
+
+  // The columns [begin, end) of dg Wg + du Wu. `next_expert` comes after.
+  void ContractGateUp(int s, const Group& group, const RowBlock& rows, int begin,
+                      int end, int next_expert, const Scratch& scratch) const {
+    const auto first = [&](int expert, int p) {
+      return store_.GateUpPanel(s, expert, p) + static_cast<int64_t>(begin) * kPanel;
+    };
+    const auto operand = [&](int p, Part part) {
+      const SplitRows gate = HiddenRows(d_gate_, s, group, rows.begin, p * kDepth);
+      const SplitRows up = HiddenRows(d_up_, s, group, rows.begin, p * kDepth);
+      const ptrdiff_t low = part == Part::kLow ? gate.low : 0;
+      return StripRows{{gate.high + low, up.high + low, gate.high + low + kStrip,
+                        up.high + low + kStrip},
+                       gate.stride};
+    };
+    Contract(
+        shard(s).width / kDepth, rows.count, (end - begin) / 2,
+        [&](int p) { return std::pair(first(rows.expert, p), kPanelStrips); }, operand,
+        next_expert < 0 ? nullptr
+                        : reinterpret_cast<const char*>(first(next_expert, 0)),
+        scratch);
+  }
+
+  // Like Multiply, on top of the columns [column, column + 16 strips) of scratch.sums.
+  template <typename Touch, typename Epilogue>
+  void AddToSums(const Terms& terms, int rows, int strips, int column, int columns,
+                 const Scratch& scratch, Touch touch, Epilogue epilogue) const {
+    for (int row = 0; row < rows; ++row) {
+      touch(row);
+      std::copy_n(scratch.sums + row * SumsStride(columns) + column, strips * kStrip,
+                  scratch.tile + row * kPanel);
+    }
+    if (terms.count()) {
+      kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true,
+                    nullptr);
+    }
+    epilogue(0, rows);
   }
 
   // With few rows there is too little to multiply to hide the next panel's way from
@@ -280,28 +382,38 @@ class BackwardPass : LoRAGradPass {
       const RowBlock rows =
           RowsOfTokens(routing_, expert, task.first_token, task.last_token);
       if (rows.count == 0) continue;
+      const int next_expert = e + 1 < group.active.size() ? group.active[e + 1] : -1;
+      const int begin = task.first_panel * kPanel;
+      const int end = std::min(task.last_panel * kPanel, geometry_.hidden_padded());
+      // By all rows of the expert: how they are cut must not change a bit.
+      const bool contract = Contracts(routing_.rows_of(expert));
+      if (contract) ContractGateUp(s, group, rows, begin, end, next_expert, scratch);
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
         const ptrdiff_t stride = 2 * kStrip * strips;
-        bf16* up_panel = scratch.panel.high + width / 2 * stride;
-        const bool more_panels = panel + 1 < task.last_panel;
         Prefetch prefetch;
-        if (more_panels || e + 1 < group.active.size()) {
-          const int next = more_panels ? panel + 1 : task.first_panel;
-          prefetch.base = reinterpret_cast<const char*>(
-              store_.GateUpPanel(s, more_panels ? expert : group.active[e + 1], 0) +
-              static_cast<int64_t>(next) * kPanel * kPanel);
-          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-          prefetch.stride = sizeof(bf16) * store_.GateUpStride();
-          prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
-        }
-        const bool few_rows = rows.count <= kFewRows;
-        TransposeGateUp(s, expert, panel, strips, few_rows ? prefetch : Prefetch{},
-                        scratch.panel.high, up_panel);
         Terms terms;
-        terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
-                  BasePanel(scratch.panel.high), width);
-        terms.Add(HiddenRows(d_up_, s, group, rows.begin), BasePanel(up_panel), width);
+        if (!contract) {
+          bf16* up_panel = scratch.panel.high + width / 2 * stride;
+          const bool more_panels = panel + 1 < task.last_panel;
+          if (more_panels || next_expert >= 0) {
+            const int next = more_panels ? panel + 1 : task.first_panel;
+            prefetch.base = reinterpret_cast<const char*>(
+                store_.GateUpPanel(s, more_panels ? expert : next_expert, 0) +
+                static_cast<int64_t>(next) * kPanel * kPanel);
+            prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
+            prefetch.stride = sizeof(bf16) * store_.GateUpStride();
+            prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
+          }
+          const bool few_rows = rows.count <= kFewRows;
+          TransposeGateUp(s, expert, panel, strips, few_rows ? prefetch : Prefetch{},
+                          scratch.panel.high, up_panel);
+          if (few_rows) prefetch = {};
+          terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
+                    BasePanel(scratch.panel.high), width);
+          terms.Add(HiddenRows(d_up_, s, group, rows.begin), BasePanel(up_panel),
+                    width);
+        }
         if (lora) {
           const LoRAArray as[] = {kGateA, kUpA};
           for (int which = 0; which < 2; ++which) {
@@ -316,12 +428,17 @@ class BackwardPass : LoRAGradPass {
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);
         };
-        Multiply(terms, rows.count, strips, scratch, few_rows ? Prefetch{} : prefetch,
-                 touch, [&](int from, int count) {
-                   epilogues_.scatter_add(
-                       scratch.tile, count, strips, &routing_.tokens[rows.begin + from],
-                       nullptr, sums_[s] + panel * kPanel, geometry_.hidden_padded());
-                 });
+        const auto epilogue = [&](int from, int count) {
+          epilogues_.scatter_add(scratch.tile, count, strips,
+                                 &routing_.tokens[rows.begin + from], nullptr,
+                                 sums_[s] + panel * kPanel, geometry_.hidden_padded());
+        };
+        if (contract) {
+          AddToSums(terms, rows.count, strips, panel * kPanel - begin, end - begin,
+                    scratch, touch, epilogue);
+        } else {
+          Multiply(terms, rows.count, strips, scratch, prefetch, touch, epilogue);
+        }
       }
     }
   }

@@ -106,6 +106,7 @@ struct Scratch {
   SplitPanel lora_panel[2];  // panels of a LoRA term
   bf16* transposed;          // low-rank values with rows and columns exchanged
   float* tile;               // product tiles
+  float* sums;               // of products over a panel's outputs
 };
 
 // Where the phases from x to h leave what is needed later. Null gate and up are not
@@ -301,6 +302,8 @@ void Pass::Run(Job job) {
       LoRAInTwoParts() ? lora_panel : 0,
       sizeof(bf16) * (rank() ? 2 * rank_rows * expert_rows : 0),
       sizeof(float) * kPanel * std::max<size_t>(rank_rows, kernels_.max_rows),
+      kernels_.contract_outputs ? sizeof(float) * kMaxContractRows * (width + kStrip)
+                                : 0,
   };
   size_t total = 0;
   for (size_t size : sizes) total += RoundUp(size, 64);
@@ -317,7 +320,8 @@ void Pass::Run(Job job) {
                           {values(1), values(2)},
                           {{values(3), values(5)}, {values(4), values(6)}},
                           values(7),
-                          reinterpret_cast<float*>(part[8])};
+                          reinterpret_cast<float*>(part[8]),
+                          reinterpret_cast<float*>(part[9])};
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }

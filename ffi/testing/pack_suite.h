@@ -20,6 +20,7 @@ class PackSuite {
 
   void Run() {
     TestTranspose();
+    if (kernels_.contract_outputs) TestContractOutputs();
     TestPackOutputs(kernels_.pack_outputs_f32, Part::kHigh);
     TestPackOutputs(kernels_.pack_outputs_low, Part::kLow);
     TestPackOutputs(kernels_.pack_outputs_bf16, Part::kHigh);
@@ -163,6 +164,58 @@ class PackSuite {
         }
         kernels_.transpose(src.data(), src_stride, blocks, dst.data(), dst_stride);
         CheckPanel("transpose", dst, expected);
+      }
+    }
+  }
+
+  // Against float64, with the bound of a float32 sum in any order (one rounding of 2^-24
+  // an addition); the row's neighbours do not matter.
+  void TestContractOutputs() {
+    Random random(5);
+    constexpr int kPairs = 48, kGap = 3;
+    for (int strips = 1; strips <= kPanelStrips; ++strips) {
+      for (int rows = 1; rows <= kMaxContractRows; ++rows) {
+        const ptrdiff_t a_stride = kPanel + 2, c_stride = 2 * kPairs + kGap;
+        Guarded<bf16> panel(2 * kStrip * strips * kPairs);
+        Guarded<bf16> a((rows - 1) * a_stride + kStrip * strips);
+        Guarded<float> c((rows - 1) * c_stride + 2 * kPairs);
+        for (size_t i = 0; i < panel.size(); ++i) panel[i] = Make<bf16>(random);
+        for (size_t i = 0; i < a.size(); ++i) a[i] = Make<bf16>(random);
+        for (size_t i = 0; i < c.size(); ++i) c[i] = random.Value();
+        const std::vector<float> start(c.data(), c.data() + c.size());
+        StripRows operand{{}, a_stride};
+        for (int s = 0; s < strips; ++s) operand.strip[s] = a.data() + kStrip * s;
+        kernels_.contract_outputs(operand, rows, panel.data(), strips, kPairs, c.data(),
+                                  c_stride, nullptr);
+        const std::vector<float> all(c.data(), c.data() + c.size());
+        for (int r = 0; r < rows; ++r) {
+          for (int d = 0; d < 2 * kPairs; ++d) {
+            double sum = start[r * c_stride + d], magnitude = std::fabs(sum);
+            for (int n = 0; n < kStrip * strips; ++n) {
+              const double product =
+                  double{FromBf16(a[r * a_stride + n])} *
+                  FromBf16(panel[d / 2 * 2 * kStrip * strips + 2 * n + d % 2]);
+              sum += product;
+              magnitude += std::fabs(product);
+            }
+            KTJAX_CHECK(std::fabs(all[r * c_stride + d] - sum) <=
+                            (kStrip * strips + 1) * 0x1p-23 * magnitude,
+                        "%s: contract_outputs: row %d of %d, depth %d, %d strips: %g, "
+                        "not %g",
+                        kernels_.name, r, rows, d, strips, all[r * c_stride + d], sum);
+          }
+          // A row alone has the same bits.
+          std::copy(start.begin(), start.end(), c.data());
+          for (int s = 0; s < strips; ++s) {
+            operand.strip[s] = a.data() + r * a_stride + kStrip * s;
+          }
+          kernels_.contract_outputs(operand, 1, panel.data(), strips, kPairs,
+                                    c.data() + r * c_stride, c_stride, nullptr);
+          KTJAX_CHECK(std::memcmp(c.data() + r * c_stride, &all[r * c_stride],
+                                  sizeof(float) * 2 * kPairs) == 0,
+                      "%s: contract_outputs: row %d of %d: other bits alone",
+                      kernels_.name, r, rows);
+        }
       }
     }
   }

@@ -14,7 +14,8 @@
 namespace ktjax {
 namespace {
 
-// sums += 16 depths (8 pairs of a strip, from `in` on) times the 16 outputs of the strip.
+// sums += 16 depths (8 pairs of a strip, from `in` on) times the 16 outputs of the
+// strip.
 template <int kRows>
 [[gnu::always_inline]] inline void AddOutputs(const bf16* in, ptrdiff_t in_stride,
                                               const bf16* a, ptrdiff_t a_stride,
@@ -35,8 +36,8 @@ template <int kRows>
 }
 
 template <int kRows>
-void ContractRows(const StripRows& a, const bf16* panel, int strips, int pairs, float* c,
-                ptrdiff_t c_stride, Prefetch* prefetch) {
+void ContractRows(const StripRows& a, const bf16* panel, int strips, int pairs,
+                  float* c, ptrdiff_t c_stride, Prefetch* prefetch) {
   const __m512i low = _mm512_loadu_si512(kTransposeIndex.word[0]);
   const __m512i high = _mm512_loadu_si512(kTransposeIndex.word[1]);
   const ptrdiff_t stride = 2 * kStrip * strips;
@@ -67,13 +68,13 @@ void ContractRows(const StripRows& a, const bf16* panel, int strips, int pairs, 
 }
 
 inline void Avx512ContractOutputs(const StripRows& a, int rows, const bf16* panel,
-                                int strips, int pairs, float* c, ptrdiff_t c_stride,
-                                Prefetch* prefetch) {
+                                  int strips, int pairs, float* c, ptrdiff_t c_stride,
+                                  Prefetch* prefetch) {
   using Contract =
       void (*)(const StripRows&, const bf16*, int, int, float*, ptrdiff_t, Prefetch*);
-  static constexpr Contract kContract[] = {ContractRows<1>, ContractRows<2>, ContractRows<3>,
-                                       ContractRows<4>, ContractRows<5>, ContractRows<6>,
-                                       ContractRows<7>, ContractRows<8>};
+  static constexpr Contract kContract[] = {
+      ContractRows<1>, ContractRows<2>, ContractRows<3>, ContractRows<4>,
+      ContractRows<5>, ContractRows<6>, ContractRows<7>, ContractRows<8>};
   static_assert(sizeof kContract / sizeof kContract[0] == kMaxContractRows);
   kContract[rows - 1](a, panel, strips, pairs, c, c_stride, prefetch);
 }

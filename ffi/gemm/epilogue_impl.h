@@ -4,14 +4,13 @@
 #ifndef KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
 #define KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 
 #include "base/types.h"
 #include "gemm/kernel.h"
+#if defined(__AVX512F__)
+#include "gemm/pack_avx512.h"
+#endif
 
 namespace ktjax {
 namespace {
@@ -107,6 +106,17 @@ inline void Sigmoid(const F32x16& x, F32x16& sigma) {
 #endif
 }
 
+// Halves are added to halves: a chain of 15 additions would take as long as the rest of
+// a row.
+inline float SumLanes(const F32x16& value) {
+  float lanes[kStrip];
+  Store(value, lanes);
+  for (int width = kStrip / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
 inline void LoadSplit(const SplitRows& rows, ptrdiff_t at, F32x16& value) {
   Load(rows.high + at, value);
   if (rows.low) {
@@ -172,9 +182,7 @@ inline void SwiGluGrad(const float* c, int rows, int strips, const float* weight
       StoreSplit(dh * silu, kStrip, d_up, out);
       if (h.high) StoreSplit(value, kStrip, h, out);
     }
-    float sum = 0;
-    for (int i = 0; i < kStrip; ++i) sum += dot[i];
-    dots[r * dots_stride] = sum;
+    dots[r * dots_stride] = SumLanes(dot);
   }
 }
 
@@ -192,6 +200,18 @@ inline void ScatterAdd(const float* c, int rows, int strips, const int32_t* toke
   }
 }
 
+inline void Transpose(F32x16 (&block)[kStrip]) {
+#if defined(__AVX512F__)
+  Transpose16x16(reinterpret_cast<__m512i*>(block));
+#else
+  float lanes[kStrip][kStrip];
+  for (int i = 0; i < kStrip; ++i) Store(block[i], lanes[i]);
+  for (int i = 0; i < kStrip; ++i) {
+    for (int j = 0; j < kStrip; ++j) block[i][j] = lanes[j][i];
+  }
+#endif
+}
+
 template <typename T>
 void StoreRows(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
   for (int r = 0; r < rows; ++r) {
@@ -205,12 +225,16 @@ void StoreRows(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) 
 
 template <typename T>
 void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
-  for (int n = 0; n < columns; ++n) {
-    for (int r = 0; r < rows; r += kStrip) {
-      F32x16 value = {};
-      const int count = rows - r < kStrip ? rows - r : kStrip;
-      for (int i = 0; i < count; ++i) value[i] = c[(r + i) * kPanel + n];
-      StoreSome(value, count, dst + n * stride + r);
+  for (int r = 0; r < rows; r += kStrip) {
+    const int count = rows - r < kStrip ? rows - r : kStrip;
+    for (int n = 0; n < columns; n += kStrip) {
+      const int width = columns - n < kStrip ? columns - n : kStrip;
+      F32x16 block[kStrip] = {};
+      for (int i = 0; i < count; ++i) Load(c + (r + i) * kPanel + n, block[i]);
+      Transpose(block);
+      for (int i = 0; i < width; ++i) {
+        StoreSome(block[i], count, dst + (n + i) * stride + r);
+      }
     }
   }
 }

@@ -143,8 +143,8 @@ struct Kernels {
 
   // The product over a panel's outputs, for 1 to kMaxContractRows rows:
   //   c[r][d] += sum_{s, i} a.strip[s][r * a.stride + i] * panel[d][16 s + i]
-  // for the depths d < 2 * pairs; pairs is a multiple of 16. Where there is none (null),
-  // panels are transposed first, which costs a round trip through L2.
+  // for the depths d < 2 * pairs; pairs is a multiple of 16. Where there is none
+  // (null), panels are transposed first, which costs a round trip through L2.
   void (*contract_outputs)(const StripRows& a, int rows, const bf16* panel, int strips,
                            int pairs, float* c, ptrdiff_t c_stride, Prefetch* prefetch);
 

@@ -131,7 +131,9 @@ void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst
     }
     return index;
   }();
-  constexpr int kAhead = 8;  // rows chosen by an index are not foreseeable
+  // Rows chosen by an index are not foreseeable. And whoever packs a panel of columns
+  // packs the next ones of the same rows soon.
+  constexpr int kAhead = 8;
   const __m512i low = _mm512_loadu_si512(kInterleave.word[0]);
   const __m512i high = _mm512_loadu_si512(kInterleave.word[1]);
   const __m512i zero = _mm512_setzero_si512();
@@ -140,8 +142,10 @@ void Avx512PackDepths(Rows<T> src, int depth, int outputs, int strips, bf16* dst
   for (int d = 0; d < padded; d += 2) {
     for (int ahead = d + kAhead; ahead < d + kAhead + 2 && ahead < depth; ++ahead) {
       const char* line = reinterpret_cast<const char*>(src.row(ahead));
-      for (int i = 0; i < outputs * static_cast<int>(sizeof(T)); i += 64) {
+      const int bytes = outputs * static_cast<int>(sizeof(T));
+      for (int i = 0; i < bytes; i += 64) {
         _mm_prefetch(line + i, _MM_HINT_T0);
+        _mm_prefetch(line + bytes + i, _MM_HINT_T1);
       }
     }
     const T* even = d < depth ? src.row(d) : nullptr;

@@ -36,12 +36,14 @@ class BackwardPass : LoRAGradPass {
           workspace.Get<bf16>(Workspace::kGateGrad, s, rows * HiddenStride(s)));
       d_up_.push_back(
           workspace.Get<bf16>(Workspace::kUpGrad, s, rows * HiddenStride(s)));
-      if (gradients.x) sums_.push_back(Sum(gradients.x, s));
       first_block_.push_back(blocks_);
       blocks_ += Blocks(s);
       for (const Group& group : groups_) {
         hidden_grad_tasks_.push_back(MakeBlockTasks(group, Blocks(s), threads));
       }
+    }
+    if (gradients.x) {
+      sum_ = {gradients.x, inputs.tokens, geometry_, shard_count(), workspace};
     }
     dots_ = workspace.Get<float>(Workspace::kDots, 0, rows * blocks_);
     if (rank()) {
@@ -65,10 +67,7 @@ class BackwardPass : LoRAGradPass {
       for (size_t g = 0; g < groups_.size(); ++g) {
         if (!ComputeGroup(worker, scratch, g, watch)) return;
       }
-      if (!gradients_.x || shard_count() == 1) return;
-      counters().ForEach(CounterOf(static_cast<int>(groups_.size()) * kPhases, 0),
-                         output_tasks_.size(),
-                         [&](int64_t i) { Finish(gradients_.x, output_tasks_[i]); });
+      if (gradients_.x) FinishSum(scratch);
     });
   }
 
@@ -139,13 +138,10 @@ class BackwardPass : LoRAGradPass {
       watch.Lap("gh B");
     }
     if (gradients_.x) {
-      const bool last = static_cast<size_t>(g) + 1 == groups_.size();
       counters().ForEach(CounterOf(counter + kInputGrad, s), output_tasks_.size(),
                          [&](int64_t i) {
-                           if (g == 0) ClearSum(sums_[s], output_tasks_[i]);
+                           if (g == 0) sum_.Clear(s, output_tasks_[i]);
                            InputGrad(s, group, output_tasks_[i], scratch);
-                           if (last && shard_count() == 1)
-                             Finish(gradients_.x, output_tasks_[i]);
                          });
       watch.Lap("grad x");
     }
@@ -193,12 +189,13 @@ class BackwardPass : LoRAGradPass {
                                   shard(s).begin + column,
                                   std::min(strips * kStrip, Slice(s) - column), strips,
                                   scratch.lora_panel[0], 2 * kStrip * strips);
-        terms.Add(LowRankRows(low_rank_grad_, group, block.begin, 2),
+        terms.Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
                   scratch.lora_panel[0], LowRankDepth());
       }
       const auto touch = [&](int row) {
         FetchKept<false>(values, group, block.begin + row, shard(s).begin + column,
                          strips * kStrip);
+        if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
       const auto epilogue = [&](int first, int count) {
         const int row = block.begin + first, kept = shard(s).begin + column;
@@ -229,8 +226,8 @@ class BackwardPass : LoRAGradPass {
   }
   static ptrdiff_t SumsStride(int columns) { return columns + kStrip; }
 
-  // scratch.sums = 0, then += `rows` of a (its low parts as well) times chunks of `pairs`
-  // depth pairs of `panels` panels; chunk(p) and operand(p, part) name them.
+  // scratch.sums = 0, then += `rows` of a (its low parts as well) times chunks of
+  // `pairs` depth pairs of `panels` panels; chunk(p) and operand(p, part) name them.
   template <typename Chunk, typename Operand>
   void Contract(int panels, int rows, int pairs, Chunk chunk, Operand operand,
                 const char* next, const Scratch& scratch) const {
@@ -421,17 +418,21 @@ class BackwardPass : LoRAGradPass {
                 kernels_, expert, 0, rank(), panel * kPanel,
                 std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
                 scratch.lora_panel[which], stride);
-            terms.Add(LowRankRows(low_rank_grad_, group, rows.begin, which),
+            terms.Add(SpreadRows(low_rank_grad_, group, rows.begin, which),
                       scratch.lora_panel[which], LowRankDepth());
           }
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);
+          if (!lora) return;
+          FetchSpread(low_rank_grad_, group, rows.begin + row, 0);
+          FetchSpread(low_rank_grad_, group, rows.begin + row, 1);
         };
         const auto epilogue = [&](int from, int count) {
+          const auto [sums, stride] = sum_.At(s, panel);
           epilogues_.scatter_add(scratch.tile, count, strips,
-                                 &routing_.tokens[rows.begin + from], nullptr,
-                                 sums_[s] + panel * kPanel, geometry_.hidden_padded());
+                                 &routing_.tokens[rows.begin + from], nullptr, sums,
+                                 stride);
         };
         if (contract) {
           AddToSums(terms, rows.count, strips, panel * kPanel - begin, end - begin,

@@ -10,8 +10,9 @@ class ForwardPass : Pass {
  public:
   ForwardPass(const ExpertStore& store, const LayerInputs& inputs, MutableArray y,
               const Residuals& residuals)
-      : Pass(store, inputs, kPhases, kGroupBytes), y_(y), residuals_(residuals) {
-    for (int s = 0; s < shard_count(); ++s) sums_.push_back(Sum(y, s));
+      : Pass(store, inputs, kPhases, residuals.gate ? kGroupBytes : kForwardGroupBytes),
+        residuals_(residuals) {
+    sum_ = {y, inputs.tokens, geometry_, shard_count(), backend_.workspace};
     if (rank()) {
       low_rank_ = backend_.workspace.Get<bf16>(
           Workspace::kLowRank, 0,
@@ -32,21 +33,14 @@ class ForwardPass : Pass {
               CounterOf(counter + kKeepLowRank, 0), groups_[g].blocks.size(),
               [&](int64_t i) { KeepLowRank(groups_[g], groups_[g].blocks[i]); });
         }
-        const bool last = g + 1 == groups_.size();
-        counters().ForEach(CounterOf(counter + kDown, worker.subpool()),
-                           output_tasks_.size(), [&](int64_t i) {
-                             Down(worker.subpool(), g, output_tasks_[i], scratch);
-                             if (last && shard_count() == 1)
-                               Finish(y_, output_tasks_[i]);
-                           });
+        counters().ForEach(
+            CounterOf(counter + kDown, worker.subpool()), output_tasks_.size(),
+            [&](int64_t i) { Down(worker.subpool(), g, output_tasks_[i], scratch); });
         // The next group overwrites h.
         if (!worker.Barrier()) return;
         watch.Lap("down");
       }
-      if (shard_count() == 1) return;
-      counters().ForEach(CounterOf(static_cast<int>(groups_.size()) * kPhases, 0),
-                         output_tasks_.size(),
-                         [&](int64_t i) { Finish(y_, output_tasks_[i]); });
+      FinishSum(scratch);
     });
   }
 
@@ -80,7 +74,7 @@ class ForwardPass : Pass {
   // y[tokens, panels] += w (h Wdᵀ + (s h Adᵀ) Bdᵀ) over the experts of a group.
   void Down(int s, int group_index, const OutputTask& task, const Scratch& scratch) {
     const Group& group = groups_[group_index];
-    if (group_index == 0) ClearSum(sums_[s], task);
+    if (group_index == 0) sum_.Clear(s, task);
     const bool lora = rank() && s == 0;  // s h Adᵀ is already the sum over the shards
     for (size_t e = 0; e < group.active.size(); ++e) {
       const int expert = group.active[e];
@@ -97,7 +91,7 @@ class ForwardPass : Pass {
               kernels_, expert, panel * kPanel,
               std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
               scratch.lora_panel[0], 2 * kStrip * strips);
-          terms.Add(LowRankRows(low_rank_, group, rows.begin, 2), scratch.lora_panel[0],
+          terms.Add(SpreadRows(low_rank_, group, rows.begin, 2), scratch.lora_panel[0],
                     LowRankDepth());
         }
         const bool next_panel = panel + 1 < task.last_panel;
@@ -111,20 +105,20 @@ class ForwardPass : Pass {
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);
+          if (lora) FetchSpread(low_rank_, group, rows.begin + row, 2);
         };
         Multiply(terms, rows.count, strips, scratch, prefetch, touch,
                  [&](int first, int count) {
                    const int row = rows.begin + first;
+                   const auto [sums, stride] = sum_.At(s, panel);
                    epilogues_.scatter_add(scratch.tile, count, strips,
                                           &routing_.tokens[row], &routing_.weights[row],
-                                          sums_[s] + panel * kPanel,
-                                          geometry_.hidden_padded());
+                                          sums, stride);
                  });
       }
     }
   }
 
-  const MutableArray y_;
   const Residuals residuals_;
   bf16* low_rank_ = nullptr;
 };

@@ -1,5 +1,6 @@
 #include "moe/pass.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/bf16.h"
@@ -77,9 +78,10 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
             : workspace.Get<float>(Workspace::kPartial, s,
                                    2ull * kStrip * rank_strips_ * max_group_rows_));
   }
-  // The last counters are for the phase after all groups.
-  counters_ = std::make_unique<Counters>(
-      static_cast<int>(groups_.size() * phases_per_group + 1) * shard_count());
+  // The last counter is for the phase after all groups.
+  counter_count_ =
+      static_cast<int>(groups_.size()) * phases_per_group * shard_count() + 1;
+  counters_ = std::make_unique<Counters>(counter_count_);
 }
 
 LoRAMatrix Pass::Matrix(LoRAArray which) const {
@@ -204,22 +206,27 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const Group& group = groups_[group_index];
   const int s = worker.subpool();
 
-  if (rank()) {
-    const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0},
-                                     {Matrix(kUpA), 0, 0, 1}};
+  const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
+  // Where a task has all panels of its rows, x Aᵀ needs no phase of its own, which
+  // would gather the rows once more.
+  const int panels = shard(s).width / kDepth;
+  const bool in_tasks =
+      shard_count() == 1 && std::ranges::all_of(tasks, [panels](const BlockTask& task) {
+        return task.last_panel - task.first_panel == panels;
+      });
+  if (rank() && !in_tasks) {
     counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
-      const RowBlock& block = group.blocks[i];
-      GatherRows(inputs_.x, block, scratch);
-      LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, geometry_.hidden,
-              factors, out.low_rank, false, scratch);
+      GatherRows(inputs_.x, group.blocks[i], scratch);
+      LowRankOfInput(group, group.blocks[i], out, scratch);
     });
     if (!worker.Barrier()) return false;
     watch.Lap("x A");
   }
-
-  const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
-  counters().ForEach(CounterOf(counter + 1, s), tasks.size(),
-                     [&](int64_t i) { GateUp(s, group, tasks[i], out, scratch); });
+  counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
+    GatherRows(inputs_.x, tasks[i].rows, scratch);
+    if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
+    GateUp(s, group, tasks[i], out, scratch);
+  });
   if (!worker.Barrier()) return false;
   watch.Lap("gate, up, SwiGLU");
 
@@ -238,11 +245,17 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   return true;
 }
 
+void Pass::LowRankOfInput(const Group& group, const RowBlock& block,
+                          const Activations& out, const Scratch& scratch) const {
+  const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0}, {Matrix(kUpA), 0, 0, 1}};
+  LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, geometry_.hidden,
+          factors, out.low_rank, false, scratch);
+}
+
 void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                   const Activations& out, const Scratch& scratch) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
-  GatherRows(inputs_.x, block, scratch);
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
     const int column = panel * kDepth;
     Terms terms;
@@ -255,7 +268,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
         Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
                                       std::min(kDepth, Slice(s) - column), 0, rank(), 2,
                                       lora_panel, 4 * kStrip);
-        terms.Add(LowRankRows(out.low_rank, group, block.begin, which), lora_panel,
+        terms.Add(SpreadRows(out.low_rank, group, block.begin, which), lora_panel,
                   LowRankDepth(), which, 2);
       }
     }
@@ -268,6 +281,9 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     }
     const auto touch = [&](int row) {
       FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);
+      if (!rank()) return;
+      FetchSpread(out.low_rank, group, block.begin + row, 0);
+      FetchSpread(out.low_rank, group, block.begin + row, 1);
     };
     Multiply(terms, block.count, kPanelStrips, scratch, prefetch, touch,
              [&](int first, int count) {
@@ -281,44 +297,14 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
   }
 }
 
-float* Pass::Sum(MutableArray result, int s) {
-  if (result.is_float32 && shard_count() == 1 &&
-      geometry_.hidden == geometry_.hidden_padded()) {
-    return static_cast<float*>(result.data);
-  }
-  return backend_.workspace.Get<float>(Workspace::kSum, s,
-                                       inputs_.tokens * geometry_.hidden_padded());
-}
-
-void Pass::ClearSum(float* sum, const OutputTask& task) const {
-  const int64_t stride = geometry_.hidden_padded();
-  const int64_t begin = task.first_panel * kPanel;
-  const int64_t end = std::min<int64_t>(task.last_panel * kPanel, stride);
-  for (int64_t t = task.first_token; t < task.last_token; ++t) {
-    std::memset(sum + t * stride + begin, 0, sizeof(float) * (end - begin));
-  }
-}
-
-void Pass::Finish(MutableArray result, const OutputTask& task) {
-  if (sums_[0] == result.data) return;
-  const int64_t stride = geometry_.hidden_padded(), hidden = geometry_.hidden;
-  const int64_t begin = task.first_panel * kPanel;
-  const int64_t end = std::min<int64_t>(task.last_panel * kPanel, hidden);
-  for (int64_t t = task.first_token; t < task.last_token; ++t) {
-    float* row = sums_[0] + t * stride;
-    for (int s = 1; s < shard_count(); ++s) {
-      const float* part = sums_[s] + t * stride;
-      for (int64_t n = begin; n < end; ++n) row[n] += part[n];
-    }
-    if (result.is_float32) {
-      std::memcpy(static_cast<float*>(result.data) + t * hidden + begin, row + begin,
-                  sizeof(float) * (end - begin));
-    } else {
-      kernels_.to_bf16(row + begin,
-                       static_cast<bf16*>(result.data) + t * hidden + begin,
-                       end - begin);
-    }
-  }
+void Pass::FinishSum(const Scratch& scratch) {
+  if (sum_.IsResult()) return;
+  const int64_t slices =
+      std::min<int64_t>(inputs_.tokens, 4ll * backend_.pool.thread_count());
+  counters().ForEach(counter_count_ - 1, slices, [&](int64_t i) {
+    sum_.Finish(kernels_, inputs_.tokens * i / slices,
+                inputs_.tokens * (i + 1) / slices, scratch.sums);
+  });
 }
 
 }  // namespace ktjax

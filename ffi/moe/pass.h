@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "moe/layer.h"
+#include "moe/output_sum.h"
 #include "moe/profile.h"
 #include "moe/routing.h"
 #include "moe/schedule.h"
@@ -106,7 +107,7 @@ struct Scratch {
   SplitPanel lora_panel[2];  // panels of a LoRA term
   bf16* transposed;          // low-rank values with rows and columns exchanged
   float* tile;               // product tiles
-  float* sums;               // of products over a panel's outputs
+  float* sums;               // of products over a panel's outputs; a row of sum_
 };
 
 // Where the phases from x to h leave what is needed later. Null gate and up are not
@@ -184,7 +185,9 @@ class Pass {
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
                      const Activations& out, Stopwatch& watch);
   static constexpr int kHiddenPhases = 4;
-  // gate, up and h of a block.
+  // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
+  void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
+                      const Scratch& scratch) const;
   void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
               const Scratch& scratch) const;
   // Base weights have one part: kernels do not write to them.
@@ -192,11 +195,8 @@ class Pass {
     return {const_cast<bf16*>(panel), nullptr};
   }
 
-  // Float32 sums of [tokens, hidden_padded] for one shard: the result itself where its
-  // dtype and shape allow.
-  float* Sum(MutableArray result, int s);
-  void ClearSum(float* sum, const OutputTask& task) const;
-  void Finish(MutableArray result, const OutputTask& task);
+  // Rounds sum_ to the result, once all workers have added to it.
+  void FinishSum(const Scratch& scratch);
 
   // Fetches `bytes` bytes to L2, to be read or (kWrite) overwritten.
   template <bool kWrite>
@@ -206,9 +206,8 @@ class Pass {
   }
   // The place of `row` of the layer in a shard's sums, to be added to.
   void FetchSum(int s, int row, int panel, int strips) const {
-    const int64_t token = routing_.tokens[row];
-    Fetch<true>(sums_[s] + token * geometry_.hidden_padded() + panel * kPanel,
-                sizeof(float) * kStrip * strips);
+    const auto [data, stride] = sum_.At(s, panel);
+    Fetch<true>(data + routing_.tokens[row] * stride, sizeof(float) * kStrip * strips);
   }
   // One row of gate and up in `values`.
   template <bool kWrite>
@@ -249,6 +248,19 @@ class Pass {
     return {LowRankRow(low_rank, group, row) + 2 * factor * low_rank_width_,
             low_rank_stride_, low_rank_width_};
   }
+  // The same as an operand of products that spread low-rank values over outputs. From
+  // rank 32 on the rounding errors of so many values average out there, and the high
+  // parts will do.
+  SplitRows SpreadRows(bf16* low_rank, const Group& group, int row, int factor) const {
+    SplitRows rows = LowRankRows(low_rank, group, row, factor);
+    if (rank() >= 32 && !exact()) rows.low = 0;
+    return rows;
+  }
+  void FetchSpread(bf16* low_rank, const Group& group, int row, int factor) const {
+    const SplitRows rows = SpreadRows(low_rank, group, row, factor);
+    Fetch<false>(rows.high, sizeof(bf16) * rank());
+    if (rows.low) Fetch<false>(rows.high + rows.low, sizeof(bf16) * rank());
+  }
   int LowRankDepth() const { return static_cast<int>(RoundUp(rank(), 2)); }
   // Where LoRA's factors need two parts.
   bool LoRAInTwoParts() const {
@@ -277,7 +289,8 @@ class Pass {
   int rank_strips_ = 0;
   std::vector<bf16*> hidden_;    // per shard [group rows][HiddenStride]
   std::vector<float*> partial_;  // per shard [group rows][2 * 16 * rank_strips]
-  std::vector<float*> sums_;     // per shard, see Sum
+  OutputSum sum_;                // of y or grad_x
+  int counter_count_ = 0;
   std::unique_ptr<Counters> counters_;
 };
 
@@ -302,8 +315,8 @@ void Pass::Run(Job job) {
       LoRAInTwoParts() ? lora_panel : 0,
       sizeof(bf16) * (rank() ? 2 * rank_rows * expert_rows : 0),
       sizeof(float) * kPanel * std::max<size_t>(rank_rows, kernels_.max_rows),
-      kernels_.contract_outputs ? sizeof(float) * kMaxContractRows * (width + kStrip)
-                                : 0,
+      sizeof(float) * (kernels_.contract_outputs ? kMaxContractRows : 1) *
+          (width + kStrip),
   };
   size_t total = 0;
   for (size_t size : sizes) total += RoundUp(size, 64);

@@ -53,6 +53,8 @@ struct Group {
 // five such arrays to save memory, so it takes less of each.
 inline constexpr int64_t kGroupBytes = 8ll << 20;
 inline constexpr int64_t kSmallGroupBytes = 2ll << 20;
+// A forward that keeps nothing is either a small one or one that saves memory.
+inline constexpr int64_t kForwardGroupBytes = 4ll << 20;
 
 std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
                               int64_t group_bytes);

@@ -168,8 +168,8 @@ class PackSuite {
     }
   }
 
-  // Against float64, with the bound of a float32 sum in any order (one rounding of 2^-24
-  // an addition); the row's neighbours do not matter.
+  // Against float64, with the bound of a float32 sum in any order (one rounding of
+  // 2^-24 an addition); the row's neighbours do not matter.
   void TestContractOutputs() {
     Random random(5);
     constexpr int kPairs = 48, kGap = 3;

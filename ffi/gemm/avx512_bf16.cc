@@ -6,6 +6,8 @@
 #include <immintrin.h>
 
 #include "gemm/epilogue_impl.h"
+#include "gemm/int8_gemm.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
@@ -162,6 +164,8 @@ const Kernels kAvx512Bf16Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .gemm_int8 = Int8Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

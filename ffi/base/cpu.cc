@@ -93,7 +93,7 @@ struct Requirement {
 std::vector<Requirement> Requirements(Isa isa, const CpuFeatures& f) {
   std::vector<Requirement> needs;
   const auto add = [&needs](std::initializer_list<Requirement> more) {
-    needs.insert(needs.end(), more);
+    for (const Requirement& need : more) needs.push_back(need);
   };
   if (isa == Isa::kPortable || isa == Isa::kAmxEmulated) return needs;
   add({{f.avx2, "avx2"}, {f.fma, "fma"}, {f.f16c, "f16c"}, {f.os_avx, "os_avx"}});
@@ -103,12 +103,10 @@ std::vector<Requirement> Requirements(Isa isa, const CpuFeatures& f) {
        {f.avx512dq, "avx512dq"},
        {f.avx512vl, "avx512vl"},
        {f.os_avx512, "os_avx512"}});
-  if (isa == Isa::kAvx512Vnni || isa == Isa::kAmx) {
-    add({{f.avx512_vnni, "avx512_vnni"}});
-  }
-  if (isa == Isa::kAvx512Bf16 || isa == Isa::kAmx) {
-    add({{f.avx512_bf16, "avx512_bf16"}});
-  }
+  if (isa == Isa::kAvx512) return needs;
+  add({{f.avx512_vnni, "avx512_vnni"}});
+  if (isa == Isa::kAvx512Vnni) return needs;
+  add({{f.avx512_bf16, "avx512_bf16"}});
   if (isa == Isa::kAmx) {
     add({{f.amx_tile, "amx_tile"},
          {f.amx_bf16, "amx_bf16"},

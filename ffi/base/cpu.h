@@ -7,15 +7,15 @@
 
 namespace ktjax {
 
-// From the weakest to the strongest; kAvx512Bf16 and kAvx512Vnni extend kAvx512
-// independently of each other, and kAmx needs both.
+// From the weakest to the strongest; each needs what those before it need. (No CPU has
+// AVX-512 BF16 without VNNI.)
 enum class Isa {
   kPortable,
   kAvx2,         // AVX2, FMA, F16C
   kAvx512,       // kAvx2 and AVX-512 F, BW, DQ, VL
   kAvx512Vnni,   // kAvx512 and VNNI: integer dot products
-  kAvx512Bf16,   // kAvx512 and BF16: bfloat16 dot products
-  kAmx,          // AMX TILE, BF16, INT8, with the kernel's permission
+  kAvx512Bf16,   // kAvx512Vnni and BF16: bfloat16 dot products
+  kAmx,          // kAvx512Bf16 and AMX TILE, BF16, INT8, with the kernel's permission
   kAmxEmulated,  // the AMX code with its tile instructions in plain C++; tests only
 };
 

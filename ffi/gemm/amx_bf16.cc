@@ -2,6 +2,8 @@
 #include "gemm/amx_impl.h"
 #include "gemm/contract_avx512.h"
 #include "gemm/epilogue_impl.h"
+#include "gemm/int8_amx.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
@@ -14,10 +16,12 @@ namespace ktjax {
 
 #ifdef KTJAX_COUNT_TILES
 TileCounts amx_bf16_counts;
-using AmxBf16Gemm = AmxGemm<CountingTiles<RealTiles, amx_bf16_counts>>;
+using AmxBf16Tiles = CountingTiles<RealTiles, amx_bf16_counts>;
 #else
-using AmxBf16Gemm = AmxGemm<RealTiles>;
+using AmxBf16Tiles = RealTiles;
 #endif
+using AmxBf16Gemm = AmxGemm<AmxBf16Tiles>;
+using AmxBf16Int8Gemm = AmxInt8Gemm<AmxBf16Tiles>;
 
 const Kernels kAmxBf16Kernels = {
     .name = "amx",
@@ -37,6 +41,8 @@ const Kernels kAmxBf16Kernels = {
     .enter = AmxBf16Gemm::Enter,
     .leave = AmxBf16Gemm::Leave,
     .epilogues = &kEpilogues,
+    .gemm_int8 = AmxBf16Int8Gemm::Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

@@ -3,6 +3,8 @@
 
 #include "gemm/amx_impl.h"
 #include "gemm/epilogue_impl.h"
+#include "gemm/int8_amx.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_generic.h"
@@ -14,10 +16,12 @@ namespace ktjax {
 
 #ifdef KTJAX_COUNT_TILES
 TileCounts amx_emulated_counts;
-using AmxEmulatedGemm = AmxGemm<CountingTiles<EmulatedTiles, amx_emulated_counts>>;
+using AmxEmulatedTiles = CountingTiles<EmulatedTiles, amx_emulated_counts>;
 #else
-using AmxEmulatedGemm = AmxGemm<EmulatedTiles>;
+using AmxEmulatedTiles = EmulatedTiles;
 #endif
+using AmxEmulatedGemm = AmxGemm<AmxEmulatedTiles>;
+using AmxEmulatedInt8Gemm = AmxInt8Gemm<AmxEmulatedTiles>;
 
 const Kernels kAmxEmulatedKernels = {
     .name = "amx_emulated",
@@ -37,6 +41,8 @@ const Kernels kAmxEmulatedKernels = {
     .enter = AmxEmulatedGemm::Enter,
     .leave = AmxEmulatedGemm::Leave,
     .epilogues = &kEpilogues,
+    .gemm_int8 = AmxEmulatedInt8Gemm::Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

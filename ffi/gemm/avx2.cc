@@ -1,6 +1,8 @@
 // Kernels for AVX2 with FMA: Haswell and Zen, and later CPUs without AVX-512.
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
+#include "gemm/int8_gemm.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_generic.h"
@@ -25,6 +27,8 @@ const Kernels kAvx2Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .gemm_int8 = Int8Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

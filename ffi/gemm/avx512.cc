@@ -1,7 +1,9 @@
-// Kernels for AVX-512 (F, BW, DQ, VL) without bfloat16 instructions: Skylake to Ice
-// Lake.
+// Kernels for AVX-512 (F, BW, DQ, VL) without 8-bit or bfloat16 dot products:
+// Skylake.
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
+#include "gemm/int8_gemm.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
@@ -27,6 +29,8 @@ const Kernels kAvx512Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .gemm_int8 = Int8Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

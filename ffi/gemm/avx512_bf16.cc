@@ -7,6 +7,8 @@
 
 #include "gemm/contract_avx512.h"
 #include "gemm/epilogue_impl.h"
+#include "gemm/int8_gemm.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
@@ -164,6 +166,8 @@ const Kernels kAvx512Bf16Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .gemm_int8 = Int8Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

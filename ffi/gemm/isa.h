@@ -9,6 +9,7 @@ namespace ktjax {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxBf16Kernels;
 extern const Kernels kAmxEmulatedKernels;

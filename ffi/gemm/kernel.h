@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "base/types.h"
+#include "format/format.h"
 
 namespace ktjax {
 
@@ -80,6 +81,22 @@ struct SplitRows {
   ptrdiff_t stride;
   ptrdiff_t low;
 };
+
+// Rows of signed 8-bit codes. What row r holds at depth d is
+//     values[r * stride + d] * scales[r * group_stride + d / group].
+// Codes are within +-127, and 0 from the depth up to its multiple of kDepth.
+struct Int8Rows {
+  int8_t* values;
+  ptrdiff_t stride;
+  float* scales;
+  int32_t* sums;  // of the codes of a group, in the places of their scales
+  ptrdiff_t group_stride;
+  int group;  // a multiple of kDepth up to kInt8Group; a row's last one may be shorter
+};
+
+// The depths that share a scale in rows, unless the weights have smaller groups. Sums
+// of 128 products of 127 * 255 stay below 2^24: exact in int32 and in float32 alike.
+inline constexpr int kInt8Group = 128;
 
 // Element-wise steps between a product and memory, on a tile c (row stride kPanel).
 struct Epilogues {
@@ -181,6 +198,24 @@ struct Kernels {
   void (*leave)();
 
   const Epilogues* epilogues;
+
+  // The product of 8-bit rows with a panel of integer codes (kInt8 or kInt4, with
+  // scales in float32 or bfloat16). For the groups g of a, in ascending order,
+  //   c[r][n] (+)= float(sum_d a[r][d] * code[d][n] - zero[n] * a.sums[r][g])
+  //                * (a.scales[r][g] * scale[n])           d in g, n < 16 * b.strips
+  // where the number in brackets is exact: no sum saturates or is rounded. zero[n] and
+  // scale[n] are those of the panel's group with g in it: b.group is a multiple of
+  // a.group, or not below `depth`. The panel is readable up to depth rounded up to
+  // kDepth. c, rows, `accumulate` and `prefetch` as for gemm.
+  void (*gemm_int8)(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
+                    int depth, int rows, float* c, bool accumulate, Prefetch* prefetch);
+
+  // Fills dst's values (zeros up to depth rounded up to kDepth included), scales and
+  // sums from rows of `depth` values: with the arithmetic of float32,
+  //   scale = max |v| / 127, code = rint(v / scale)
+  // over a group; both are 0 where the scale would be below 2^-126. A NaN or an
+  // infinity in a group makes its scale NaN and its codes 0, so that results are NaN.
+  void (*quantize_rows)(SplitRows src, int rows, int depth, const Int8Rows& dst);
 };
 
 }  // namespace ktjax

@@ -1,5 +1,7 @@
 // Kernels for any CPU. The compiler vectorises what it can.
 #include "gemm/epilogue_impl.h"
+#include "gemm/int8_portable.h"
+#include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_generic.h"
@@ -58,6 +60,8 @@ const Kernels kPortableKernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .gemm_int8 = PortableInt8Gemm,
+    .quantize_rows = QuantizeRows,
 };
 
 }  // namespace ktjax

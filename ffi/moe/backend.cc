@@ -11,8 +11,9 @@ const Kernels& KernelsOf(Isa isa) {
     case Isa::kAvx2:
       return kAvx2Kernels;
     case Isa::kAvx512:
-    case Isa::kAvx512Vnni:
       return kAvx512Kernels;
+    case Isa::kAvx512Vnni:
+      return kAvx512VnniKernels;
     case Isa::kAvx512Bf16:
       return kAvx512Bf16Kernels;
     case Isa::kAmx:

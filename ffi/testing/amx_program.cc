@@ -1,6 +1,6 @@
 // The AMX kernels with the real instructions, as one static program for a machine (or
-// the emulator of one) with AMX: the kernel suite, the counts of tile instructions, and
-// bit for bit what the emulated tiles give. Compile it and gemm/amx_*.cc with
+// the emulator of one) with AMX: the kernel suites, the counts of tile instructions,
+// and bit for bit what the emulated tiles give. Compile it and gemm/amx_*.cc with
 // KTJAX_COUNT_TILES. Exits 0 when all is well.
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include "base/cpu.h"
 #include "gemm/isa.h"
 #include "testing/gemm_case.h"
+#include "testing/int8_suite.h"
 #include "testing/kernel_suite.h"
 #include "testing/tile_count_suite.h"
 
@@ -65,6 +66,19 @@ void TestEmulation() {
       values += rows * kPanel;
     }
   }
+  for (const int bits : {8, 4}) {
+    const Int8Shape shape = {bits, bits == 4, ScaleType::kFloat32, 160, 96, false};
+    const Int8Case int8_case(41, kPanelStrips, shape, Fill::kAny, bits);
+    const auto run = [&](const Kernels& kernels) {
+      kernels.enter();
+      std::vector<float> c = int8_case.Run(kernels, int8_case.rows(), true);
+      kernels.leave();
+      return c;
+    };
+    KTJAX_CHECK(SameBits(run(kAmxBf16Kernels), run(kAmxEmulatedKernels)),
+                "%d-bit codes: the emulated tiles differ", bits);
+    values += int8_case.rows() * kPanel;
+  }
   std::printf("%lld values: real and emulated tiles compared\n",
               static_cast<long long>(values));
 }
@@ -76,6 +90,7 @@ int Main() {
   }
   if (check_counts.failed) return ReportChecks();
   KernelSuite(kAmxBf16Kernels, SuiteSize::kSmall).Run();
+  Int8Suite(kAmxBf16Kernels, SuiteSize::kSmall).Run();
   TestTileCounts(kAmxBf16Kernels, amx_bf16_counts, {1, 16, 31, 48, 64}, 768);
   TestEmulation();
   return ReportChecks();

@@ -2,8 +2,8 @@
 //
 // TDPBF16PS as its documentation has it: even and odd depths are summed apart, by fused
 // multiply-adds in float32, and join at the end; rounding is to nearest even, denormal
-// inputs and results count as zero, and MXCSR has no say. What a CPU faults on (a tile
-// that is not configured, shapes that do not fit) traps here too.
+// inputs and results count as zero, and MXCSR has no say. TDPBSUD is exact. What a CPU
+// faults on (a tile that is not configured, shapes that do not fit) traps here too.
 // Everything is static: it is part of the file that includes it.
 #ifndef KTJAX_FFI_TILE_AMX_EMULATED_H_
 #define KTJAX_FFI_TILE_AMX_EMULATED_H_
@@ -77,6 +77,11 @@ struct EmulatedTiles {
     static_assert(kC != kA && kC != kB && kA != kB);
     DotBf16(kC, kA, kB);
   }
+  template <int kC, int kA, int kB>
+  static void DotInt8() {
+    static_assert(kC != kA && kC != kB && kA != kB);
+    DotSignedUnsigned(kC, kA, kB);
+  }
 
  private:
   static int Rows(int tile) { return tile_state.config.rows[tile]; }
@@ -87,14 +92,38 @@ struct EmulatedTiles {
     }
   }
 
-  static void DotBf16(int c, int a, int b) {
+  // What a product of any type needs of its shapes.
+  static void CheckShapes(int c, int a, int b) {
     CheckConfigured(c);
     CheckConfigured(a);
     CheckConfigured(b);
-    const int pairs = RowBytes(a) / 4;
-    if (Rows(a) != Rows(c) || Rows(b) != pairs || RowBytes(b) != RowBytes(c)) {
+    if (Rows(a) != Rows(c) || Rows(b) != RowBytes(a) / 4 ||
+        RowBytes(b) != RowBytes(c)) {
       __builtin_trap();
     }
+  }
+
+  // TDPBSUD: sums modulo 2^32.
+  static void DotSignedUnsigned(int c, int a, int b) {
+    CheckShapes(c, a, b);
+    for (int m = 0; m < Rows(c); ++m) {
+      int8_t values[kTileRowBytes];
+      uint32_t sums[kTileRowBytes / 4];
+      std::memcpy(values, tile_state.data[a][m], sizeof values);
+      std::memcpy(sums, tile_state.data[c][m], sizeof sums);
+      for (int d = 0; d < RowBytes(a); ++d) {
+        for (int n = 0; n < RowBytes(c) / 4; ++n) {
+          const int product = values[d] * tile_state.data[b][d / 4][4 * n + d % 4];
+          sums[n] += static_cast<uint32_t>(product);
+        }
+      }
+      std::memcpy(tile_state.data[c][m], sums, sizeof sums);
+    }
+  }
+
+  static void DotBf16(int c, int a, int b) {
+    CheckShapes(c, a, b);
+    const int pairs = RowBytes(a) / 4;
     constexpr int kPairs = kTileRowBytes / 4, kOutputs = kTileRowBytes / 4;
     double even[kPairs][kOutputs], odd[kPairs][kOutputs];
     for (int k = 0; k < pairs; ++k) {

@@ -46,6 +46,14 @@ struct RealTiles {
                  :
                  : "i"(kC), "i"(kA), "i"(kB));
   }
+  // c += a . b in int32, with a of rows x 4 k signed bytes and b of k groups of four
+  // depths x 16 outputs, unsigned bytes.
+  template <int kC, int kA, int kB>
+  static void DotInt8() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0"
+                 :
+                 : "i"(kC), "i"(kA), "i"(kB));
+  }
 };
 
 }  // namespace

@@ -49,6 +49,11 @@ struct CountingTiles {
     ++kCounts.products;
     Tiles::template Dot<kC, kA, kB>();
   }
+  template <int kC, int kA, int kB>
+  static void DotInt8() {
+    ++kCounts.products;
+    Tiles::template DotInt8<kC, kA, kB>();
+  }
 };
 
 }  // namespace

@@ -18,7 +18,7 @@ compile() { # source, flags...
 		-c "ffi/$source.cc" -o "$objects/$(basename "$source").o"
 }
 compile gemm/amx_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl \
-	-mavx512bf16 -mamx-tile -mamx-bf16
+	-mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16
 compile gemm/amx_emulated
 compile base/cpu
 compile testing/amx_program

@@ -18,7 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ISA_OBJECTS = [f"{name}.cc.o" for name in ("avx2", "avx512", "avx512_bf16", "amx_bf16")]
+ISA_NAMES = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
+ISA_OBJECTS = [f"{name}.cc.o" for name in ISA_NAMES]
+PRODUCTS = {"tdpbf16ps", "tdpbsud"}
 PRODUCTS_PER_LOAD = 0.6
 OTHERS_PER_PRODUCT = 6
 PREFETCHES_OF_ONE_LINE = 16  # in a step of 32 depths
@@ -54,7 +56,7 @@ def loops(path: Path) -> list[tuple[str, list[str]]]:
         lines.append((int(address, 16), name))
         if name.startswith("j") and target and int(target, 16) < int(address, 16):
             body = [name for at, name in lines if at >= int(target, 16)]
-            if "tdpbf16ps" in body:
+            if PRODUCTS.intersection(body):
                 found.append((function, body))
                 lines = []  # an outer loop counts for itself
     return found
@@ -62,7 +64,7 @@ def loops(path: Path) -> list[tuple[str, list[str]]]:
 
 def check_loop(function: str, body: list[str]) -> list[str]:
     """What is wrong with an inner loop."""
-    products = body.count("tdpbf16ps")
+    products = sum(body.count(name) for name in PRODUCTS)
     loads = body.count("tileloadd")
     others = len(body) - products - loads
     faults = []
@@ -89,8 +91,9 @@ def main() -> int:
         inner = loops(Path(folder, "amx_bf16.cc.o"))
         for function, body in inner:
             faults += check_loop(function, body)
-    if not inner:
-        faults.append("amx_bf16.cc.o: no loop with tile products")
+    for name in PRODUCTS:
+        if not any(name in body for _, body in inner):
+            faults.append(f"amx_bf16.cc.o: no loop with {name}")
     for fault in faults:
         print(fault)
     print(f"{len(ISA_OBJECTS)} objects, {len(inner)} tile loops, {len(faults)} faults")

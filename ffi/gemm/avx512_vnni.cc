@@ -1,0 +1,35 @@
+// Kernels for AVX-512 with VNNI (Cascade Lake, Ice Lake): those of avx512.cc, with
+// 8-bit dot products for the integer product.
+#include "gemm/epilogue_impl.h"
+#include "gemm/fma_gemm.h"
+#include "gemm/int8_gemm.h"
+#include "gemm/int8_rows.h"
+#include "gemm/isa.h"
+#include "gemm/kernel.h"
+#include "gemm/pack_avx512.h"
+#include "gemm/pack_generic.h"
+
+namespace ktjax {
+
+const Kernels kAvx512VnniKernels = {
+    .name = "avx512_vnni",
+    .max_rows = 2 * kTileRows,
+    .row_step = 1,
+    .gemm = FmaGemm,
+    .transpose = Avx512Transpose,
+    .pack_outputs_f32 = Avx512PackOutputs<float>,
+    .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
+    .pack_depths_f32 = Avx512PackDepths<float>,
+    .pack_depths_bf16 = Avx512PackDepths<bf16>,
+    .pack_outputs_low = Avx512PackOutputs<float, Part::kLow>,
+    .pack_depths_low = Avx512PackDepths<float, Part::kLow>,
+    .to_bf16 = Avx512ToBf16<Part::kHigh>,
+    .to_bf16_low = Avx512ToBf16<Part::kLow>,
+    .enter = NoTileState,
+    .leave = NoTileState,
+    .epilogues = &kEpilogues,
+    .gemm_int8 = Int8Gemm,
+    .quantize_rows = QuantizeRows,
+};
+
+}  // namespace ktjax

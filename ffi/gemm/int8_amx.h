@@ -1,0 +1,202 @@
+// The integer product with AMX tiles, over any implementation of the tile instructions.
+//
+// 16 rows multiply up to four strips at a time: five tile loads for four products. The
+// int32 tiles of a group go through a buffer in L1, where they are scaled and added to
+// c; the products of the next group run meanwhile. 4-bit codes are unpacked to bytes a
+// group at a time (8 KiB), for all rows of the call. Rows that are no multiple of 16
+// take a pass of their own with smaller tiles, so that no tile holds rows that are not
+// there.
+//
+// Tile numbers: c is 0..3 (strips); a is 4 and b 5 for 64 depths, a is 6 and b 7 for
+// the 32 depths that a group may end with.
+//
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_INT8_AMX_H_
+#define KTJAX_FFI_GEMM_INT8_AMX_H_
+
+#include <cstring>
+
+#include "base/types.h"
+#include "gemm/amx_impl.h"
+#include "gemm/int8_rows.h"
+#include "gemm/kernel.h"
+#include "gemm/prefetch.h"
+#include "tile/tile_config.h"
+
+namespace ktjax {
+namespace {
+
+constexpr ptrdiff_t kLaneBytes = 4;
+constexpr int kTileDepth = 64;  // a tile's row of 8-bit codes
+
+// What every step of a product needs.
+struct AmxInt8Product {
+  const FormatSpec& format;
+  const Int8Rows& a;
+  const QuantPanel& b;
+  int depth;
+  float* c;
+  bool accumulate;
+  Prefetch* prefetch;
+};
+
+// 4-bit codes of `depth` depths as bytes, in the layout of 8-bit codes.
+inline void UnpackNibbles(const uint8_t* codes, int depth, int strips, uint8_t* dst) {
+  for (int i = 0; i < depth / 8; ++i) {
+    for (int strip = 0; strip < strips; ++strip, codes += sizeof(U32x16)) {
+      U32x16 lanes;
+      std::memcpy(&lanes, codes, sizeof lanes);
+      const U32x16 low = lanes & 0x0f0f0f0fu;
+      const U32x16 high = lanes >> 4 & 0x0f0f0f0fu;
+      uint8_t* at = dst + (2 * i * strips + strip) * sizeof lanes;
+      std::memcpy(at, &low, sizeof low);
+      std::memcpy(at + strips * sizeof lanes, &high, sizeof high);
+    }
+  }
+}
+
+// c[r] (+)= (sums[r] - zero * a.sums[r]) * scales for the rows [row, row + rows) of c
+// and group g, which begins at depth `begin`. Fetches what the group's depths stand
+// for.
+inline void ScaleTiles(const AmxInt8Product& p, int g, int begin, int count, int row,
+                       int rows, const int32_t* sums) {
+  const ptrdiff_t place = ScalePlace(p.b, begin);
+  const bool add = p.accumulate || g > 0;
+  const int pairs_per_row = static_cast<int>(CeilDiv(count / 2, rows));
+  for (int r = 0; r < rows; ++r) {
+    for (int pairs = p.prefetch ? pairs_per_row : 0; pairs > 0;) {
+      const PrefetchRun run = NextRun(p.prefetch, pairs, 1);
+      for (int i = 0; i < run.steps * run.lines_per_step; ++i) {
+        _mm_prefetch(run.line + kCacheLine * i, _MM_HINT_T1);
+      }
+      pairs -= run.steps;
+    }
+    const ptrdiff_t row_place = (row + r) * p.a.group_stride + g;
+    const int32_t row_sum = p.a.sums[row_place];
+    for (int strip = 0; strip < p.b.strips; ++strip) {
+      const ptrdiff_t at = place + strip * kStrip;
+      I32x16 sum;
+      std::memcpy(&sum, sums + r * kPanel + strip * kStrip, sizeof sum);
+      if (p.b.zeros) {
+        U8x16 zeros;
+        std::memcpy(&zeros, p.b.zeros + at, sizeof zeros);
+        sum -= row_sum * __builtin_convertvector(zeros, I32x16);
+      } else {
+        sum -= row_sum * CodeOfZero(p.format);
+      }
+      F32x16 scales;
+      LoadScales(p.format, p.b, at, scales);
+      float* dst = p.c + (row + r) * kPanel + strip * kStrip;
+      F32x16 total = {};
+      if (add) Load(dst, total);
+      total += __builtin_convertvector(sum, F32x16) * (p.a.scales[row_place] * scales);
+      Store(total, dst);
+    }
+  }
+}
+
+template <typename Tiles>
+class AmxInt8Gemm {
+ public:
+  static void Gemm(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
+                   int depth, int rows, float* c, bool accumulate, Prefetch* prefetch) {
+    const AmxInt8Product product = {format, a, b, depth, c, accumulate, prefetch};
+    const int whole = rows / kTileMaxRows * kTileMaxRows;
+    if (whole) AllGroups(product, 0, whole, kTileMaxRows);
+    if (rows > whole) AllGroups(product, whole, rows, rows - whole);
+  }
+
+ private:
+  static void Configure(int rows) {
+    // Told apart from the configurations of the bfloat16 product by its sign.
+    if (configured_rows == -rows) return;
+    TileConfig config;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      config.row_bytes[tile] = kTileRowBytes;
+      config.rows[tile] = static_cast<uint8_t>(rows);
+    }
+    config.rows[5] = kTileDepth / kLaneBytes;
+    config.row_bytes[6] = kDepth;
+    config.rows[7] = kDepth / kLaneBytes;
+    Tiles::Configure(config);
+    configured_rows = -rows;
+  }
+
+  // The rows [row, end), `tile_rows` at a time, through all groups.
+  static void AllGroups(const AmxInt8Product& p, int row, int end, int tile_rows) {
+    Configure(tile_rows);
+    const int bits = CodeBits(p.format);
+    const ptrdiff_t lanes = kLaneBytes * kStrip * p.b.strips;
+    alignas(64) uint8_t bytes[kInt8Group * kPanel];
+    alignas(64) int32_t sums[kTileMaxRows * kPanel];
+    for (int g = 0, begin = 0; begin < p.depth; ++g, begin += p.a.group) {
+      const int count = GroupDepth(p.depth, p.a.group, g);
+      const uint8_t* codes = p.b.codes + begin * bits / 32 * lanes;
+      if (bits == 4) {
+        UnpackNibbles(codes, count, p.b.strips, bytes);
+        codes = bytes;
+      }
+      for (int first = row; first < end; first += tile_rows) {
+        const int8_t* values = p.a.values + first * p.a.stride + begin;
+        Multiply(values, p.a.stride, codes, lanes, count, p.b.strips, sums);
+        ScaleTiles(p, g, begin, count, first, tile_rows, sums);
+      }
+    }
+  }
+
+  // The sums of one group.
+  static void Multiply(const int8_t* a, ptrdiff_t a_stride, const uint8_t* codes,
+                       ptrdiff_t lanes, int depth, int strips, int32_t* sums) {
+    switch (strips) {
+      case 1:
+        return MultiplyStrips<1>(a, a_stride, codes, lanes, depth, sums);
+      case 2:
+        return MultiplyStrips<2>(a, a_stride, codes, lanes, depth, sums);
+      case 3:
+        return MultiplyStrips<3>(a, a_stride, codes, lanes, depth, sums);
+      default:
+        return MultiplyStrips<4>(a, a_stride, codes, lanes, depth, sums);
+    }
+  }
+
+  template <int kStrips>
+  static void MultiplyStrips(const int8_t* a, ptrdiff_t a_stride, const uint8_t* codes,
+                             ptrdiff_t lanes, int depth, int32_t* sums) {
+    Tiles::template Zero<0>();
+    if constexpr (kStrips > 1) Tiles::template Zero<1>();
+    if constexpr (kStrips > 2) Tiles::template Zero<2>();
+    if constexpr (kStrips > 3) Tiles::template Zero<3>();
+    const int8_t* end = a + depth / kTileDepth * kTileDepth;
+    for (; a != end; a += kTileDepth, codes += kTileDepth / kLaneBytes * lanes) {
+      Step<kStrips, 4, 5>(a, a_stride, codes, lanes);
+    }
+    if (depth % kTileDepth) Step<kStrips, 6, 7>(a, a_stride, codes, lanes);
+    constexpr ptrdiff_t kStride = sizeof(int32_t) * kPanel;
+    Tiles::template Store<0>(sums, kStride);
+    if constexpr (kStrips > 1) Tiles::template Store<1>(sums + kStrip, kStride);
+    if constexpr (kStrips > 2) Tiles::template Store<2>(sums + 2 * kStrip, kStride);
+    if constexpr (kStrips > 3) Tiles::template Store<3>(sums + 3 * kStrip, kStride);
+  }
+
+  // One tile of a and its product with every strip.
+  template <int kStrips, int kA, int kB>
+  [[gnu::always_inline]] static void Step(const int8_t* a, ptrdiff_t a_stride,
+                                          const uint8_t* codes, ptrdiff_t lanes) {
+    Tiles::template Load<kA>(a, a_stride);
+    Product<0, kA, kB>(codes, lanes);
+    if constexpr (kStrips > 1) Product<1, kA, kB>(codes, lanes);
+    if constexpr (kStrips > 2) Product<2, kA, kB>(codes, lanes);
+    if constexpr (kStrips > 3) Product<3, kA, kB>(codes, lanes);
+  }
+
+  template <int kTile, int kA, int kB>
+  [[gnu::always_inline]] static void Product(const uint8_t* codes, ptrdiff_t lanes) {
+    Tiles::template Load<kB, kTileRowBytes * kTile>(codes, lanes);
+    Tiles::template DotInt8<kTile, kA, kB>();
+  }
+};
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_INT8_AMX_H_

@@ -1,0 +1,74 @@
+// The integer product for any CPU.
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_INT8_PORTABLE_H_
+#define KTJAX_FFI_GEMM_INT8_PORTABLE_H_
+
+#include <cstring>
+
+#include "gemm/int8_rows.h"
+#include "gemm/kernel.h"
+
+namespace ktjax {
+namespace {
+
+// sum += a . codes for `depth` depths of one strip, whose lanes are `stride` bytes
+// apart. In float32, where these integers are exact too, because SSE2 has no product of
+// 32-bit integers.
+template <int kBits>
+void AddCodes(const int8_t* a, const uint8_t* codes, ptrdiff_t stride, int depth,
+              F32x16& sum) {
+  for (int d = 0; d < depth; codes += stride) {
+    U32x16 lanes;
+    std::memcpy(&lanes, codes, sizeof lanes);
+    for (int half = 0; half < 8 / kBits; ++half) {
+      for (int byte = 0; byte < 4; ++byte, ++d) {
+        const U32x16 code = lanes >> (8 * byte + 4 * half) & ((1u << kBits) - 1);
+        sum += static_cast<float>(a[d]) *
+               __builtin_convertvector(__builtin_convertvector(code, I32x16), F32x16);
+      }
+    }
+  }
+}
+
+inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
+                             const QuantPanel& b, int depth, int rows, float* c,
+                             bool accumulate, Prefetch*) {
+  const int bits = CodeBits(format);
+  const ptrdiff_t lanes = 4 * kStrip * b.strips;
+  for (int r = 0; r < rows; ++r) {
+    for (int strip = 0; strip < b.strips; ++strip) {
+      float* out = c + r * kPanel + strip * kStrip;
+      F32x16 total = {};
+      if (accumulate) Load(out, total);
+      for (int g = 0, begin = 0; begin < depth; ++g, begin += a.group) {
+        const int8_t* values = a.values + r * a.stride + begin;
+        const uint8_t* codes = b.codes + begin * bits / 32 * lanes + strip * 4 * kStrip;
+        const int count = GroupDepth(depth, a.group, g);
+        F32x16 sum = {};
+        if (bits == 8) {
+          AddCodes<8>(values, codes, lanes, count, sum);
+        } else {
+          AddCodes<4>(values, codes, lanes, count, sum);
+        }
+        const ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
+        const float row_sum = static_cast<float>(a.sums[r * a.group_stride + g]);
+        if (b.zeros) {
+          U8x16 zeros;
+          std::memcpy(&zeros, b.zeros + place, sizeof zeros);
+          sum -= row_sum * __builtin_convertvector(zeros, F32x16);
+        } else {
+          sum -= row_sum * static_cast<float>(CodeOfZero(format));
+        }
+        F32x16 scales;
+        LoadScales(format, b, place, scales);
+        total += sum * (a.scales[r * a.group_stride + g] * scales);
+      }
+      Store(total, out);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_INT8_PORTABLE_H_

@@ -68,15 +68,31 @@ void ReleasePool() {
 
 nb::tuple ToTuple(Handle handle) { return nb::make_tuple(handle.epoch, handle.index); }
 
-nb::tuple CreateStore(const Array& gate, const Array& up, const Array& down) {
-  const Geometry geometry{static_cast<int>(gate.shape(0)),
-                          static_cast<int>(gate.shape(2)),
-                          static_cast<int>(gate.shape(1))};
+// A matrix of all experts: values, or codes with their scales and perhaps zero points.
+SourceMatrix Source(const std::vector<Array>& arrays) {
+  const Array& values = arrays.at(0);
+  if (arrays.size() > 1) {
+    return {SourceMatrix::Type::kPlain, values.data(), arrays[1].data(),
+            arrays.size() > 2 ? static_cast<const uint8_t*>(arrays[2].data()) : nullptr};
+  }
+  return {Const(values).is_float32 ? SourceMatrix::Type::kFloat32
+                                   : SourceMatrix::Type::kBf16,
+          values.data()};
+}
+
+nb::tuple CreateStore(const std::string& format, int group_size, bool zero_points,
+                      const std::vector<Array>& gate, const std::vector<Array>& up,
+                      const std::vector<Array>& down) {
+  const Geometry geometry{static_cast<int>(gate.at(0).shape(0)),
+                          static_cast<int>(down.at(0).shape(1)),
+                          static_cast<int>(gate.at(0).shape(1))};
+  const SourceWeights source{Source(gate), Source(up), Source(down)};
   Handle handle;
   {
     nb::gil_scoped_release release;
-    auto store = std::make_shared<ExpertStore>(GetBackend(), geometry);
-    store->Pack({gate.data(), up.data(), down.data(), Const(gate).is_float32});
+    auto store = std::make_shared<ExpertStore>(
+        GetBackend(), geometry, MakeEncoding(format, group_size, zero_points));
+    store->Pack(source);
     handle = StoreRegistry::Get().Add(std::move(store));
   }
   return ToTuple(handle);
@@ -209,8 +225,9 @@ NB_MODULE(_native, m) {
         });
   m.def("submit_forward",
         [](uint32_t epoch, uint32_t index, const Array& x, const Array& ids,
-           const Array& w, const OutputArray& y, nb::object owner) {
-          const LayerInputs inputs = EagerInputs(x, ids, w);
+           const Array& w, const OutputArray& y, nb::object owner, bool int8) {
+          LayerInputs inputs = EagerInputs(x, ids, w);
+          inputs.int8 = int8;
           auto store = StoreRegistry::Get().Find({epoch, index});
           auto keep = KeepAlive(std::move(owner));
           const MutableArray out{y.data(), y.dtype() == nb::dtype<float>()};

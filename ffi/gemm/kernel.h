@@ -49,6 +49,13 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int lines_per_pair = 1;  // cache lines to fetch per depth pair, 1..4
+
+  // Spreads the lines over a product of so many depth pairs in all: the fewer there are
+  // to hide behind, the more lines per pair.
+  [[gnu::always_inline]] void Spread(int64_t pairs) {
+    const int64_t lines = CeilDiv(total_bytes, 64 * pairs);
+    lines_per_pair = static_cast<int>(lines < 1 ? 1 : lines > 4 ? 4 : lines);
+  }
 };
 
 // Rows of operand a of a product over a panel's outputs: for every strip of the panel,

@@ -111,7 +111,7 @@ struct Call {
 Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
                 const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights,
                 const ffi::AnyBuffer& handle, const ffi::RemainingArgs& rest,
-                bool has_lora, float scaling) {
+                bool has_lora, float scaling, bool int8) {
   check.Type("handle", handle, ffi::U32);
   check.Shape("handle", handle, {2});
   const auto* words = static_cast<const uint32_t*>(handle.untyped_data());
@@ -120,6 +120,7 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
   call.store = StoreRegistry::Get().Find({words[0], words[1]});
   const Geometry& geometry = call.store->geometry();
   LayerInputs& inputs = call.inputs;
+  inputs.int8 = int8;
 
   inputs.x = {x.untyped_data(), check.Floating("x", x)};
   if (x.dimensions().size() != 2)
@@ -194,11 +195,11 @@ ffi::Error Guard(const Checker& check, const std::function<void()>& body) {
 ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                           ffi::AnyBuffer handle, ffi::RemainingArgs rest,
                           ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets kept,
-                          float scaling, bool has_lora, bool keep) {
+                          float scaling, bool has_lora, bool int8, bool keep) {
   const Checker check("ktjax.moe");
   return Guard(check, [&] {
     const Call call =
-        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling, int8);
     check.Type("y", *y, x.element_type());
     check.Shape("y", *y, {call.inputs.tokens, call.store->geometry().hidden});
     Residuals residuals;
@@ -223,12 +224,12 @@ ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w
 ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                            ffi::AnyBuffer handle, ffi::AnyBuffer grad_y,
                            ffi::RemainingArgs rest, ffi::RemainingRets rets,
-                           float scaling, bool has_lora, bool kept, bool need_x,
+                           float scaling, bool has_lora, bool int8, bool kept, bool need_x,
                            bool need_w, bool need_lora) {
   const Checker check("ktjax.moe gradient");
   return Guard(check, [&] {
     const Call call =
-        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling);
+        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling, int8);
     const Geometry& geometry = call.store->geometry();
     const int64_t tokens = call.inputs.tokens;
     check.Type("gradient of y", grad_y, x.element_type());
@@ -291,6 +292,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler,
                            .RemainingRets()        // kept gate, up, low rank
                            .Attr<float>("scaling")
                            .Attr<bool>("has_lora")
+                           .Attr<bool>("int8")
                            .Attr<bool>("keep"));
 
 XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler,
@@ -304,6 +306,7 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler,
                            .RemainingRets()        // the gradients asked for
                            .Attr<float>("scaling")
                            .Attr<bool>("has_lora")
+                           .Attr<bool>("int8")
                            .Attr<bool>("kept")
                            .Attr<bool>("need_x")
                            .Attr<bool>("need_w")

@@ -19,6 +19,9 @@ class Workspace {
  public:
   enum Slot {
     kHidden,  // h, the input of the down projection
+    kHiddenCodes,
+    kHiddenScales,
+    kHiddenSums,
     kGateGrad,
     kUpGrad,
     kGateValue,  // gate and up where the caller keeps no residuals

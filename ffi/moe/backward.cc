@@ -169,19 +169,16 @@ class BackwardPass : LoRAGradPass {
       Terms terms;
       if (!contract) {
         if (column + 2 * kPanel <= end) {
-          prefetch.base = reinterpret_cast<const char*>(
-              store_.DownPanel(s, block.expert, 0) +
-              static_cast<int64_t>(column + kPanel) / 2 * 2 * kPanel);
-          prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-          prefetch.stride = sizeof(bf16) * store_.DownStride(s);
-          prefetch.total_bytes =
-              geometry_.hidden_padded() / kPanel * prefetch.chunk_bytes;
+          prefetch = FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
+                                (column + kPanel) / 2, kPanel / 2,
+                                geometry_.hidden_padded() / kPanel,
+                                store_.DownStride(s));
         }
         const bool few_rows = block.count <= kFewRows;
         TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
-                      scratch.panel.high);
+                      scratch);
         if (few_rows) prefetch = {};
-        terms.Add(scratch.rows, BasePanel(scratch.panel.high),
+        terms.Add(scratch.rows, OnePart(scratch.panel.high),
                   geometry_.hidden_padded());
       }
       if (rank()) {
@@ -226,28 +223,34 @@ class BackwardPass : LoRAGradPass {
   }
   static ptrdiff_t SumsStride(int columns) { return columns + kStrip; }
 
-  // scratch.sums = 0, then += `rows` of a (its low parts as well) times chunks of
-  // `pairs` depth pairs of `panels` panels; chunk(p) and operand(p, part) name them.
-  template <typename Chunk, typename Operand>
-  void Contract(int panels, int rows, int pairs, Chunk chunk, Operand operand,
-                const char* next, const Scratch& scratch) const {
+  // scratch.sums = 0, then += `rows` of a (its low parts as well) times depth pairs
+  // [first_pair, first_pair + pairs) of `panels` panels; panel(p) names them and their
+  // strips, operand(p, part) what they are multiplied with. `next` comes after.
+  template <typename Panel, typename Operand>
+  void Contract(int panels, int rows, int first_pair, int pairs, Panel panel,
+                Operand operand, const BasePanel* next, const Scratch& scratch) const {
     const ptrdiff_t stride = SumsStride(2 * pairs);
     std::fill_n(scratch.sums, rows * stride, 0.0f);
     for (int p = 0; p < panels; ++p) {
-      const auto [data, strips] = chunk(p);
+      const auto [base, strips] = panel(p);
       Prefetch prefetch;
-      prefetch.base =
-          p + 1 < panels ? reinterpret_cast<const char*>(chunk(p + 1).first) : next;
-      if (prefetch.base) {
-        prefetch.chunk_bytes = prefetch.total_bytes =
-            sizeof(bf16) * 2 * kStrip * strips * pairs;
-        prefetch.lines_per_pair = strips;
+      if (p + 1 < panels || next) {
+        prefetch = FetchPairs(p + 1 < panels ? panel(p + 1).first : *next, strips,
+                              first_pair, pairs, 1, 0);
+        prefetch.Spread(pairs);
       }
-      kernels_.contract_outputs(operand(p, Part::kHigh), rows, data, strips, pairs,
-                                scratch.sums, stride, &prefetch);
-      if (exact()) {
-        kernels_.contract_outputs(operand(p, Part::kLow), rows, data, strips, pairs,
-                                  scratch.sums, stride, nullptr);
+      const int chunk = base.values ? pairs : kChunkPairs;
+      for (int pair = 0; pair < pairs; pair += chunk) {
+        const int count = std::min(chunk, pairs - pair);
+        const bf16* values =
+            Pairs(base, strips, first_pair + pair, count, scratch, &prefetch);
+        kernels_.contract_outputs(operand(p, Part::kHigh), rows, values, strips, count,
+                                  scratch.sums + 2 * pair, stride,
+                                  base.values ? &prefetch : nullptr);
+        if (exact()) {
+          kernels_.contract_outputs(operand(p, Part::kLow), rows, values, strips, count,
+                                    scratch.sums + 2 * pair, stride, nullptr);
+        }
       }
     }
   }
@@ -255,10 +258,8 @@ class BackwardPass : LoRAGradPass {
   // The columns [begin, end) of gy Wd.
   void ContractDown(int s, const RowBlock& block, int begin, int end,
                     const Scratch& scratch) const {
-    const auto chunk = [&](int p) {
-      const int strips = store_.DownStrips(p);
-      return std::pair(store_.DownPanel(s, block.expert, p) + begin * kStrip * strips,
-                       strips);
+    const auto panel = [&](int p) {
+      return std::pair(store_.Down(s, block.expert, p), store_.DownStrips(p));
     };
     const auto operand = [&](int p, Part part) {
       StripRows rows{{}, scratch.rows.stride};
@@ -269,15 +270,15 @@ class BackwardPass : LoRAGradPass {
       }
       return rows;
     };
-    Contract(DownPanels(), block.count, (end - begin) / 2, chunk, operand, nullptr,
-             scratch);
+    Contract(DownPanels(), block.count, begin / 2, (end - begin) / 2, panel, operand,
+             nullptr, scratch);
   }
 
   // The columns [begin, end) of dg Wg + du Wu. `next_expert` comes after.
   void ContractGateUp(int s, const Group& group, const RowBlock& rows, int begin,
                       int end, int next_expert, const Scratch& scratch) const {
-    const auto first = [&](int expert, int p) {
-      return store_.GateUpPanel(s, expert, p) + static_cast<int64_t>(begin) * kPanel;
+    const auto panel = [&](int p) {
+      return std::pair(store_.GateUp(s, rows.expert, p), kPanelStrips);
     };
     const auto operand = [&](int p, Part part) {
       const SplitRows gate = HiddenRows(d_gate_, s, group, rows.begin, p * kDepth);
@@ -287,12 +288,10 @@ class BackwardPass : LoRAGradPass {
                         up.high + low + kStrip},
                        gate.stride};
     };
-    Contract(
-        shard(s).width / kDepth, rows.count, (end - begin) / 2,
-        [&](int p) { return std::pair(first(rows.expert, p), kPanelStrips); }, operand,
-        next_expert < 0 ? nullptr
-                        : reinterpret_cast<const char*>(first(next_expert, 0)),
-        scratch);
+    BasePanel next{};
+    if (next_expert >= 0) next = store_.GateUp(s, next_expert, 0);
+    Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
+             operand, next_expert >= 0 ? &next : nullptr, scratch);
   }
 
   // Like Multiply, on top of the columns [column, column + 16 strips) of scratch.sums.
@@ -304,10 +303,7 @@ class BackwardPass : LoRAGradPass {
       std::copy_n(scratch.sums + row * SumsStride(columns) + column, strips * kStrip,
                   scratch.tile + row * kPanel);
     }
-    if (terms.count()) {
-      kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true,
-                    nullptr);
-    }
+    AddTerms(terms, rows, strips, scratch);
     epilogue(0, rows);
   }
 
@@ -322,19 +318,20 @@ class BackwardPass : LoRAGradPass {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
   }
 
-  // The depths [column, column + 16 strips) of the down panels as outputs.
+  // scratch.panel = the depths [column, column + 16 strips) of the down panels as
+  // outputs.
   void TransposeDown(int s, int expert, int column, int strips, const Prefetch& next,
-                     bf16* dst) const {
+                     const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
     for (int panel = 0; panel < DownPanels(); ++panel) {
       const int width = store_.DownStrips(panel);
-      const bf16* src = store_.DownPanel(s, expert, panel) +
-                        static_cast<int64_t>(column / 2) * 2 * kStrip * width;
+      const bf16* src = Pairs(store_.Down(s, expert, panel), width, column / 2,
+                              strips * kStrip / 2, scratch, nullptr);
       for (int strip = 0; strip < width; ++strip) {
         FetchQuarter(next, panel, strip);
-        kernels_.transpose(src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
-                           dst + (panel * kPanel + strip * kStrip) / 2 * stride,
-                           stride);
+        kernels_.transpose(
+            src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
+            scratch.panel.high + (panel * kPanel + strip * kStrip) / 2 * stride, stride);
       }
     }
   }
@@ -395,20 +392,17 @@ class BackwardPass : LoRAGradPass {
           const bool more_panels = panel + 1 < task.last_panel;
           if (more_panels || next_expert >= 0) {
             const int next = more_panels ? panel + 1 : task.first_panel;
-            prefetch.base = reinterpret_cast<const char*>(
-                store_.GateUpPanel(s, more_panels ? expert : next_expert, 0) +
-                static_cast<int64_t>(next) * kPanel * kPanel);
-            prefetch.chunk_bytes = sizeof(bf16) * kPanel * kPanel;
-            prefetch.stride = sizeof(bf16) * store_.GateUpStride();
-            prefetch.total_bytes = width / kDepth * prefetch.chunk_bytes;
+            prefetch = FetchPairs(
+                store_.GateUp(s, more_panels ? expert : next_expert, 0), kPanelStrips,
+                next * kPanel / 2, kPanel / 2, width / kDepth, store_.GateUpStride());
           }
           const bool few_rows = rows.count <= kFewRows;
           TransposeGateUp(s, expert, panel, strips, few_rows ? prefetch : Prefetch{},
-                          scratch.panel.high, up_panel);
+                          scratch, up_panel);
           if (few_rows) prefetch = {};
           terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
-                    BasePanel(scratch.panel.high), width);
-          terms.Add(HiddenRows(d_up_, s, group, rows.begin), BasePanel(up_panel),
+                    OnePart(scratch.panel.high), width);
+          terms.Add(HiddenRows(d_up_, s, group, rows.begin), OnePart(up_panel),
                     width);
         }
         if (lora) {
@@ -444,18 +438,19 @@ class BackwardPass : LoRAGradPass {
     }
   }
 
-  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs.
+  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs: gate's
+  // to scratch.panel, up's to `up`.
   void TransposeGateUp(int s, int expert, int panel, int strips, const Prefetch& next,
-                       bf16* gate, bf16* up) const {
+                       const Scratch& scratch, bf16* up) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
     for (int source = 0; source < shard(s).width / kDepth; ++source) {
-      const bf16* src = store_.GateUpPanel(s, expert, source) +
-                        static_cast<int64_t>(panel) * (kPanel / 2) * 2 * kPanel;
+      const bf16* src = Pairs(store_.GateUp(s, expert, source), kPanelStrips,
+                              panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr);
       for (int half = 0; half < 2; ++half) {
         const int64_t at = (source * kDepth + half * kStrip) / 2 * stride;
         const bf16* pair = src + 4 * kStrip * half;
         FetchQuarter(next, source, 2 * half);
-        kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
+        kernels_.transpose(pair, 2 * kPanel, strips / 2, scratch.panel.high + at, stride);
         FetchQuarter(next, source, 2 * half + 1);
         kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
       }

@@ -13,6 +13,18 @@ class ForwardPass : Pass {
       : Pass(store, inputs, kPhases, residuals.gate ? kGroupBytes : kForwardGroupBytes),
         residuals_(residuals) {
     sum_ = {y, inputs.tokens, geometry_, shard_count(), backend_.workspace};
+    for (int s = 0; int8() && s < shard_count(); ++s) {
+      Workspace& workspace = backend_.workspace;
+      const size_t rows = max_group_rows_;
+      // Rows of a multiple of 4096 bytes would share their L1 sets.
+      const ptrdiff_t stride = shard(s).width + 64;
+      const ptrdiff_t groups = CeilDiv(shard(s).width, Int8Group());
+      hidden_codes_.push_back(
+          {workspace.Get<int8_t>(Workspace::kHiddenCodes, s, rows * stride), stride,
+           workspace.Get<float>(Workspace::kHiddenScales, s, rows * groups),
+           workspace.Get<int32_t>(Workspace::kHiddenSums, s, rows * groups), groups,
+           Int8Group()});
+    }
     if (rank()) {
       low_rank_ = backend_.workspace.Get<bf16>(
           Workspace::kLowRank, 0,
@@ -83,31 +95,35 @@ class ForwardPass : Pass {
       if (rows.count == 0) continue;
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
-        Terms terms;
-        terms.Add(HiddenRows(hidden_, s, group, rows.begin),
-                  BasePanel(store_.DownPanel(s, expert, panel)), shard(s).width);
+        const Int8Rows codes =
+            int8() ? HiddenCodes(s, group, rows.begin) : Int8Rows{};
+        BaseProduct product{HiddenRows(hidden_, s, group, rows.begin),
+                            int8() ? &codes : nullptr,
+                            store_.Down(s, expert, panel),
+                            shard(s).width,
+                            strips,
+                            {}};
         if (lora) {
           Matrix(kDownB).PackOutputs(
               kernels_, expert, panel * kPanel,
               std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
               scratch.lora_panel[0], 2 * kStrip * strips);
-          terms.Add(SpreadRows(low_rank_, group, rows.begin, 2), scratch.lora_panel[0],
-                    LowRankDepth());
+          product.lora.Add(SpreadRows(low_rank_, group, rows.begin, 2),
+                           scratch.lora_panel[0], LowRankDepth());
         }
         const bool next_panel = panel + 1 < task.last_panel;
         Prefetch prefetch;
         if (next_panel || e + 1 < group.active.size()) {
-          prefetch.base = reinterpret_cast<const char*>(
-              next_panel ? store_.DownPanel(s, expert, panel + 1)
-                         : store_.DownPanel(s, group.active[e + 1], task.first_panel));
-          prefetch.chunk_bytes = prefetch.total_bytes =
-              sizeof(bf16) * kPanel * shard(s).width;
+          const int next = next_panel ? panel + 1 : task.first_panel;
+          prefetch = FetchPanel(
+              store_.Down(s, next_panel ? expert : group.active[e + 1], next),
+              store_.DownStrips(next), shard(s).width);
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);
           if (lora) FetchSpread(low_rank_, group, rows.begin + row, 2);
         };
-        Multiply(terms, rows.count, strips, scratch, prefetch, touch,
+        MultiplyBase(product, rows.count, scratch, prefetch, touch,
                  [&](int first, int count) {
                    const int row = rows.begin + first;
                    const auto [sums, stride] = sum_.At(s, panel);

@@ -24,6 +24,9 @@ struct LayerInputs {
   const int32_t* ids = nullptr;
   const float* weights = nullptr;
   LoRAOperands lora;
+  // Multiply base weights as integers in the forward, with rows quantised to 8 bits.
+  // std::invalid_argument where the format has no integer codes.
+  bool int8 = false;
 };
 
 // What the forward keeps for the backward, a row per slot (token * k + j): gate and up

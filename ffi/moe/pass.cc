@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "base/bf16.h"
 
@@ -53,6 +55,12 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
       routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
                      geometry_.experts)),
       groups_(MakeGroups(routing_, geometry_, group_bytes)) {
+  if (const FormatSpec& spec = store.encoding().spec();
+      inputs.int8 && spec.code != Code::kInt8 && spec.code != Code::kInt4) {
+    throw std::invalid_argument(
+        std::string("compute 'int8' needs weights with integer codes, and ") +
+        spec.name + " has none; use compute 'bf16'");
+  }
   const int threads = backend_.pool.config().max_threads_per_subpool;
   for (const Group& group : groups_) {
     max_group_rows_ = std::max(max_group_rows_, group.rows());
@@ -224,12 +232,23 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   }
   counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
     GatherRows(inputs_.x, tasks[i].rows, scratch);
+    if (int8()) {
+      kernels_.quantize_rows(scratch.rows, tasks[i].rows.count, geometry_.hidden_padded(),
+                             scratch.codes);
+    }
     if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
     GateUp(s, group, tasks[i], out, scratch);
   });
   if (!worker.Barrier()) return false;
   watch.Lap("gate, up, SwiGLU");
 
+  if (!hidden_codes_.empty()) {
+    counters().ForEach(CounterOf(counter + 4, s), group.blocks.size(), [&](int64_t i) {
+      const RowBlock& block = group.blocks[i];
+      kernels_.quantize_rows(HiddenRows(hidden_, s, group, block.begin), block.count,
+                             shard(s).width, HiddenCodes(s, group, block.begin));
+    });
+  }
   if (rank()) {
     const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
     counters().ForEach(CounterOf(counter + 2, s), group.blocks.size(), [&](int64_t i) {
@@ -239,6 +258,8 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
               out.low_rank, shard_count() > 1, scratch);
     });
     if (!SumPartialsPhase(worker, group, counter + 3, 1, 2, out.low_rank)) return false;
+  }
+  if (rank() || !hidden_codes_.empty()) {
     if (!worker.Barrier()) return false;
     watch.Lap("h A");
   }
@@ -258,9 +279,12 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
   const int expert = block.expert;
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
     const int column = panel * kDepth;
-    Terms terms;
-    terms.Add(scratch.rows, BasePanel(store_.GateUpPanel(s, expert, panel)),
-              geometry_.hidden_padded());
+    BaseProduct product{scratch.rows,
+                        int8() ? &scratch.codes : nullptr,
+                        store_.GateUp(s, expert, panel),
+                        geometry_.hidden_padded(),
+                        kPanelStrips,
+                        {}};
     if (rank()) {
       const LoRAArray bs[] = {kGateB, kUpB};
       for (int which = 0; which < 2; ++which) {
@@ -268,16 +292,14 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
         Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
                                       std::min(kDepth, Slice(s) - column), 0, rank(), 2,
                                       lora_panel, 4 * kStrip);
-        terms.Add(SpreadRows(out.low_rank, group, block.begin, which), lora_panel,
+        product.lora.Add(SpreadRows(out.low_rank, group, block.begin, which), lora_panel,
                   LowRankDepth(), which, 2);
       }
     }
     Prefetch prefetch;
     if (panel + 1 < task.last_panel) {
-      prefetch.base =
-          reinterpret_cast<const char*>(store_.GateUpPanel(s, expert, panel + 1));
-      prefetch.chunk_bytes = prefetch.total_bytes =
-          sizeof(bf16) * kPanel * geometry_.hidden_padded();
+      prefetch = FetchPanel(store_.GateUp(s, expert, panel + 1), kPanelStrips,
+                            geometry_.hidden_padded());
     }
     const auto touch = [&](int row) {
       FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);
@@ -285,7 +307,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       FetchSpread(out.low_rank, group, block.begin + row, 0);
       FetchSpread(out.low_rank, group, block.begin + row, 1);
     };
-    Multiply(terms, block.count, kPanelStrips, scratch, prefetch, touch,
+    MultiplyBase(product, block.count, scratch, prefetch, touch,
              [&](int first, int count) {
                const int row = block.begin + first, kept = shard(s).begin + column;
                epilogues_.swiglu(scratch.tile, count, kPanelStrips,

@@ -38,6 +38,9 @@ class Terms {
     }
     if (b.low) AddOne(a.high, a.stride, b.low, depth, first_strip, strip_step);
   }
+  void Add(const Terms& others) {
+    for (int i = 0; i < others.count_; ++i) list_[count_++] = others.list_[i];
+  }
   // From row `first` of every operand a.
   Terms From(int first) const {
     Terms terms = *this;
@@ -100,9 +103,14 @@ enum class Contraction { kAlongRows, kDownColumns };
 // 128 KiB then and stays in L2.
 inline constexpr int kMaxGradDepth = 1024;
 
+// Depth pairs that are decoded at a time where they are used at once: 16 KiB stay in L1.
+inline constexpr int kChunkPairs = 64;
+
 // A worker's scratch memory during a job.
 struct Scratch {
   SplitRows rows;            // packed input rows of a block
+  Int8Rows codes;            // the same, quantised
+  bf16* chunk;               // kChunkPairs decoded depth pairs of a panel
   SplitPanel panel;          // one transposed or packed panel
   SplitPanel lora_panel[2];  // panels of a LoRA term
   bf16* transposed;          // low-rank values with rows and columns exchanged
@@ -160,6 +168,57 @@ class Pass {
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
+  // The product of rows with base weights, and what is added to it.
+  struct BaseProduct {
+    SplitRows rows;
+    const Int8Rows* codes;  // the rows, quantised; null: base weights are decoded
+    BasePanel panel;
+    int depth;
+    int strips;
+    Terms lora;
+  };
+  // Like Multiply below.
+  template <typename Touch, typename Epilogue>
+  void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
+                    Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+  static const char* Start(const BasePanel& panel) {
+    return panel.values ? reinterpret_cast<const char*>(panel.values)
+                        : reinterpret_cast<const char*>(panel.codes.codes);
+  }
+  // Fetches a panel of base weights.
+  Prefetch FetchPanel(const BasePanel& panel, int strips, int depth) const {
+    Prefetch prefetch;
+    prefetch.base = Start(panel);
+    prefetch.chunk_bytes = prefetch.total_bytes =
+        RoundUp(store_.PanelBytes(strips, depth), 2048);
+    return prefetch;
+  }
+  // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes apart.
+  Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
+                      int panels, int64_t stride) const {
+    Prefetch prefetch;
+    prefetch.base = Start(panel) + store_.PairBytes(strips, first);
+    prefetch.stride = stride;
+    prefetch.chunk_bytes = RoundUp(store_.PairBytes(strips, pairs), 2048);
+    prefetch.total_bytes = panels * prefetch.chunk_bytes;
+    return prefetch;
+  }
+  // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they are,
+  // or decoded in scratch.chunk.
+  const bf16* Pairs(const BasePanel& panel, int strips, int first, int pairs,
+                    const Scratch& scratch, Prefetch* prefetch) const {
+    if (panel.values) return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
+    kernels_.decode(store_.encoding().format, panel.codes, first, pairs, scratch.chunk,
+                    prefetch);
+    return scratch.chunk;
+  }
+
+  // tile += terms.
+  void AddTerms(const Terms& terms, int rows, int strips, const Scratch& scratch) const {
+    if (terms.count() == 0) return;
+    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true, nullptr);
+  }
+
   // tile = rows x panel for all rows, in tiles. touch(row) fetches what the epilogue
   // will need of a row, while the product hides the way from memory; epilogue(first,
   // count) consumes a tile.
@@ -180,19 +239,38 @@ class Pass {
   bool SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
                         int first_factor, bf16* destination);
 
-  // Counts up the phases of the group: x Aᵀ, then gate, up and h, then h Adᵀ. Returns
+  // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes. Returns
   // false when another worker has failed.
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
                      const Activations& out, Stopwatch& watch);
-  static constexpr int kHiddenPhases = 4;
+  static constexpr int kHiddenPhases = 5;
   // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
   void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
                       const Scratch& scratch) const;
   void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
               const Scratch& scratch) const;
   // Base weights have one part: kernels do not write to them.
-  static SplitPanel BasePanel(const bf16* panel) {
+  static SplitPanel OnePart(const bf16* panel) {
     return {const_cast<bf16*>(panel), nullptr};
+  }
+  // Rows of h, quantised.
+  Int8Rows HiddenCodes(int s, const Group& group, int row) const {
+    return From(hidden_codes_[s], row - group.first_row);
+  }
+  static Int8Rows From(const Int8Rows& rows, int64_t first) {
+    return {rows.values + first * rows.stride,
+            rows.stride,
+            rows.scales + first * rows.group_stride,
+            rows.sums + first * rows.group_stride,
+            rows.group_stride,
+            rows.group};
+  }
+  // Whether base weights are multiplied as integers in the forward.
+  bool int8() const { return inputs_.int8; }
+  // Depths that share a scale in quantised rows.
+  int Int8Group() const {
+    const int group = store_.encoding().group;
+    return group ? std::min(group, kInt8Group) : kInt8Group;
   }
 
   // Rounds sum_ to the result, once all workers have added to it.
@@ -288,6 +366,7 @@ class Pass {
   int low_rank_stride_ = 0;  // 3 factors x 2 parts
   int rank_strips_ = 0;
   std::vector<bf16*> hidden_;    // per shard [group rows][HiddenStride]
+  std::vector<Int8Rows> hidden_codes_;  // per shard, where the forward needs them
   std::vector<float*> partial_;  // per shard [group rows][2 * 16 * rank_strips]
   OutputSum sum_;                // of y or grad_x
   int counter_count_ = 0;
@@ -305,8 +384,10 @@ void Pass::Run(Job job) {
   const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
   const size_t panel = sizeof(bf16) * kPanel * width;
   const size_t lora_panel = sizeof(bf16) * kPanel * rank_padded;
+  const size_t block_rows = std::max(max_block_rows_, 1);
+  const size_t groups = CeilDiv(geometry_.hidden_padded(), Int8Group());
   const size_t sizes[] = {
-      sizeof(bf16) * parts * stride * std::max(max_block_rows_, 1),
+      sizeof(bf16) * parts * stride * block_rows,
       panel,
       exact() ? panel : 0,
       lora_panel,
@@ -317,6 +398,10 @@ void Pass::Run(Job job) {
       sizeof(float) * kPanel * std::max<size_t>(rank_rows, kernels_.max_rows),
       sizeof(float) * (kernels_.contract_outputs ? kMaxContractRows : 1) *
           (width + kStrip),
+      store_.quantised() ? sizeof(bf16) * kPanel * 2 * kChunkPairs : 0,
+      int8() ? stride * block_rows : 0,
+      int8() ? sizeof(float) * groups * block_rows : 0,
+      int8() ? sizeof(int32_t) * groups * block_rows : 0,
   };
   size_t total = 0;
   for (size_t size : sizes) total += RoundUp(size, 64);
@@ -330,6 +415,12 @@ void Pass::Run(Job job) {
     auto values = [&](int i) { return reinterpret_cast<bf16*>(part[i]); };
     const Scratch scratch{{values(0), static_cast<ptrdiff_t>(parts * stride),
                            exact() ? static_cast<ptrdiff_t>(stride) : 0},
+                          {reinterpret_cast<int8_t*>(part[11]),
+                           static_cast<ptrdiff_t>(stride),
+                           reinterpret_cast<float*>(part[12]),
+                           reinterpret_cast<int32_t*>(part[13]),
+                           static_cast<ptrdiff_t>(groups), Int8Group()},
+                          values(10),
                           {values(1), values(2)},
                           {{values(3), values(5)}, {values(4), values(6)}},
                           values(7),
@@ -347,13 +438,7 @@ void Pass::Run(Job job) {
 template <typename Touch, typename Epilogue>
 void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                     Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  if (prefetch.base) {
-    // Spread over the whole product: the fewer rows there are to hide it behind, the
-    // more lines per pair.
-    const int64_t pairs = terms.data()[0].depth / 2 * CeilDiv(rows, 6);
-    prefetch.lines_per_pair = static_cast<int>(
-        std::clamp<int64_t>(CeilDiv(prefetch.total_bytes, 64 * pairs), 1, 4));
-  }
+  prefetch.Spread(terms.data()[0].depth / 2 * CeilDiv(rows, 6));
   ForTiles(kernels_, rows, [&](int first, int count) {
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
@@ -361,6 +446,50 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
                   false, prefetch.base ? &prefetch : nullptr);
     epilogue(first, count);
   });
+}
+
+template <typename Touch, typename Epilogue>
+void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
+                        Prefetch prefetch, Touch touch, Epilogue epilogue) const {
+  const auto& [operand, codes, panel, depth, strips, lora] = product;
+  if (codes) {
+    prefetch.Spread(depth / 2 * CeilDiv(rows, 6));
+    ForTiles(kernels_, rows, [&](int first, int count) {
+      for (int row = first; row < first + count; ++row) touch(row);
+      kernels_.gemm_int8(store_.encoding().spec(), From(*codes, first), panel.codes,
+                         depth, count, scratch.tile, false,
+                         prefetch.base ? &prefetch : nullptr);
+      AddTerms(lora.From(first), count, strips, scratch);
+      epilogue(first, count);
+    });
+    return;
+  }
+  if (!panel.values && rows <= kernels_.max_rows && !exact()) {
+    // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
+    // are summed one after the other over all depths, as they are in other tiles.)
+    prefetch.Spread(depth / 2);
+    for (int row = 0; row < rows; ++row) touch(row);
+    for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
+      const int pairs = std::min(kChunkPairs, depth / 2 - pair);
+      const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
+                                 prefetch.base ? &prefetch : nullptr);
+      const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
+      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0, nullptr);
+    }
+    AddTerms(lora, rows, strips, scratch);
+    epilogue(0, rows);
+    return;
+  }
+  const bf16* values = panel.values;
+  if (!values) {
+    kernels_.decode(store_.encoding().format, panel.codes, 0, depth / 2,
+                    scratch.panel.high, nullptr);
+    values = scratch.panel.high;
+  }
+  Terms terms;
+  terms.Add(operand, OnePart(values), depth);
+  terms.Add(lora);
+  Multiply(terms, rows, strips, scratch, prefetch, touch, epilogue);
 }
 
 }  // namespace ktjax

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "base/bf16.h"
 
@@ -11,36 +12,69 @@ namespace ktjax {
 namespace {
 
 // Packs rows `first ..` of one expert's matrix [outputs, depth] as strips of a panel.
-void PackStrips(const Kernels& kernels, const void* matrix, bool is_float32,
-                int64_t stride, int64_t offset, int outputs, int depth, int strips,
-                bf16* dst, ptrdiff_t dst_stride) {
+void PackStrips(const Kernels& kernels, const SourceMatrix& matrix, int64_t stride,
+                int64_t offset, int outputs, int depth, int strips, bf16* dst,
+                ptrdiff_t dst_stride) {
   outputs = std::max(outputs, 0);
-  if (is_float32) {
-    const Rows<float> rows{static_cast<const float*>(matrix) + offset, stride};
+  if (matrix.type == SourceMatrix::Type::kFloat32) {
+    const Rows<float> rows{static_cast<const float*>(matrix.values) + offset, stride};
     kernels.pack_outputs_f32(rows, outputs, depth, strips, dst, dst_stride);
   } else {
-    const Rows<bf16> rows{static_cast<const bf16*>(matrix) + offset, stride};
+    const Rows<bf16> rows{static_cast<const bf16*>(matrix.values) + offset, stride};
     kernels.pack_outputs_bf16(rows, outputs, depth, strips, dst, dst_stride);
   }
 }
 
+// The matrix [outputs, depth] of one expert in plain arrays, which `encoded` holds where
+// the source is not quantised.
+PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expert,
+                  int outputs, int depth, const char* name, EncodedMatrix& encoded) {
+  const int64_t values = int64_t{expert} * outputs * depth;
+  switch (source.type) {
+    case SourceMatrix::Type::kFloat32:
+      encoded.Encode(encoding, static_cast<const float*>(source.values) + values,
+                     outputs, depth, name, expert);
+      return encoded.plain();
+    case SourceMatrix::Type::kBf16:
+      encoded.Encode(encoding, static_cast<const bf16*>(source.values) + values,
+                     outputs, depth, name, expert);
+      return encoded.plain();
+    case SourceMatrix::Type::kPlain:
+      break;
+  }
+  const int64_t codes = expert * outputs * encoding.code_columns(depth);
+  const int64_t scales =
+      expert * encoding.scale_rows(outputs) * encoding.scale_columns(depth);
+  const PlainMatrix plain{
+      static_cast<const uint8_t*>(source.values) + codes,
+      static_cast<const uint8_t*>(source.scales) + scales * encoding.scale_bytes(),
+      source.zeros ? source.zeros + scales : nullptr, outputs, depth};
+  CheckPlain(encoding, plain, name, expert);
+  return plain;
+}
+
 }  // namespace
 
-ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry)
-    : backend_(std::move(backend)), geometry_(geometry) {
+ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
+                         const Encoding& encoding)
+    : backend_(std::move(backend)), geometry_(geometry), encoding_(encoding) {
+  CheckDepth(encoding, geometry.hidden, "gate");
+  CheckDepth(encoding, geometry.intermediate, "down");
   const int count = backend_->pool.config().subpool_count;
-  const int units = geometry_.intermediate_padded() / kDepth;
+  const int padded = geometry_.intermediate_padded();
+  const int unit = std::max(kDepth, encoding.group);
+  const int units = static_cast<int>(CeilDiv(padded, unit));
   if (units < count) {
     throw std::invalid_argument(
         "an intermediate size of " + std::to_string(geometry_.intermediate) +
-        " cannot be split over " + std::to_string(count) +
-        " sub-pools in slices of 32; use at most " + std::to_string(units));
+        " cannot be split over " + std::to_string(count) + " sub-pools in slices of " +
+        std::to_string(unit) + "; use at most " + std::to_string(units));
   }
   for (int s = 0; s < count; ++s) {
-    const int begin = units * s / count, end = units * (s + 1) / count;
-    shards_.push_back({begin * kDepth, (end - begin) * kDepth});
-    memory_.emplace_back(sizeof(bf16) * geometry_.experts * BlockSize(s),
-                         backend_->pool.NumaNodeOf(s));
+    const int begin = units * s / count * unit;
+    const int end = std::min(units * (s + 1) / count * unit, padded);
+    shards_.push_back({begin, end - begin});
+    memory_.emplace_back(geometry_.experts * BlockSize(s), backend_->pool.NumaNodeOf(s));
   }
 }
 
@@ -50,30 +84,75 @@ size_t ExpertStore::bytes() const {
   return total;
 }
 
-void ExpertStore::PackExpert(const SourceWeights& source, int shard, int expert) {
+int64_t ExpertStore::PanelStride(int depth) const {
+  return PanelBytes(kPanelStrips, depth) +
+         (depth >= 512 ? PairBytes(kPanelStrips, kDepth / 2) : 0);
+}
+
+BasePanel ExpertStore::At(const uint8_t* memory, int strips, int depth) const {
+  if (!quantised()) return {reinterpret_cast<const bf16*>(memory), {}};
+  return {nullptr, PanelLayout(encoding_, strips, depth).At(memory)};
+}
+
+void ExpertStore::PackValues(const SourceWeights& source, int shard, int expert) {
   const Kernels& kernels = backend_->kernels;
   const auto [begin, width] = shards_[shard];
   const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
   const int depth = std::min<int>(width, geometry_.intermediate - begin);
-  auto at = [](const bf16* p) { return const_cast<bf16*>(p); };
 
   for (int column = 0; column < width; column += kStrip) {
-    bf16* panel = at(GateUpPanel(shard, expert, column / (2 * kStrip)));
+    bf16* panel = const_cast<bf16*>(GateUp(shard, expert, column / kDepth).values);
     bf16* pair = panel + column % (2 * kStrip) / kStrip * (4 * kStrip);
     const int64_t row = expert * intermediate + begin + column;
     const int outputs = std::min(kStrip, depth - column);
-    PackStrips(kernels, source.gate, source.is_float32, hidden, row * hidden, outputs,
-               geometry_.hidden, 1, pair, 2 * kPanel);
-    PackStrips(kernels, source.up, source.is_float32, hidden, row * hidden, outputs,
-               geometry_.hidden, 1, pair + 2 * kStrip, 2 * kPanel);
+    PackStrips(kernels, source.gate, hidden, row * hidden, outputs, geometry_.hidden, 1,
+               pair, 2 * kPanel);
+    PackStrips(kernels, source.up, hidden, row * hidden, outputs, geometry_.hidden, 1,
+               pair + 2 * kStrip, 2 * kPanel);
   }
   for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
     const int strips = DownStrips(panel);
     const int64_t row = expert * hidden + panel * kPanel;
-    PackStrips(kernels, source.down, source.is_float32, intermediate,
-               row * intermediate + begin,
+    PackStrips(kernels, source.down, intermediate, row * intermediate + begin,
                std::min(strips * kStrip, geometry_.hidden - panel * kPanel), depth,
-               strips, at(DownPanel(shard, expert, panel)), 2 * kStrip * strips);
+               strips, const_cast<bf16*>(Down(shard, expert, panel).values),
+               2 * kStrip * strips);
+  }
+}
+
+void ExpertStore::PackCodes(const SourceWeights& source, int shard, int expert,
+                            EncodedMatrix& encoded) {
+  const auto [begin, width] = shards_[shard];
+  const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
+  const int depth = std::min(width, intermediate - begin);
+  auto memory = [](const BasePanel& panel) {
+    return const_cast<uint8_t*>(panel.codes.codes);
+  };
+  auto outputs = [](int left) { return std::clamp(left, 0, kStrip); };
+
+  // gate's strips are the even ones of a panel, up's the odd ones.
+  const PanelLayout gate_up(encoding_, kPanelStrips, geometry_.hidden_padded());
+  const std::pair<const SourceMatrix*, const char*> matrices[] = {
+      {&source.gate, "gate"}, {&source.up, "up"}};
+  for (int which = 0; which < 2; ++which) {
+    const auto [matrix, name] = matrices[which];
+    const PlainMatrix plain =
+        Plain(encoding_, *matrix, expert, intermediate, hidden, name, encoded);
+    for (int column = 0; column < width; column += kStrip) {
+      PackStrip(gate_up, plain, begin + column, outputs(depth - column), 0, hidden,
+                column % kDepth / kStrip * 2 + which,
+                memory(GateUp(shard, expert, column / kDepth)));
+    }
+  }
+  const PlainMatrix plain =
+      Plain(encoding_, source.down, expert, hidden, intermediate, "down", encoded);
+  for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
+    const PanelLayout down(encoding_, DownStrips(panel), width);
+    for (int strip = 0; strip < DownStrips(panel); ++strip) {
+      const int output = panel * kPanel + strip * kStrip;
+      PackStrip(down, plain, output, outputs(hidden - output), begin, depth, strip,
+                memory(Down(shard, expert, panel)));
+    }
   }
 }
 
@@ -81,41 +160,62 @@ void ExpertStore::Pack(const SourceWeights& source) {
   std::vector<std::atomic<int>> next(shards_.size());
   backend_->pool.Run([&](Worker& worker) {
     const int shard = worker.subpool();
+    EncodedMatrix encoded;
     for (int e; (e = next[shard].fetch_add(1)) < geometry_.experts;) {
-      PackExpert(source, shard, e);
+      if (quantised()) {
+        PackCodes(source, shard, e, encoded);
+      } else {
+        PackValues(source, shard, e);
+      }
     }
   });
 }
 
 void ExpertStore::Dequantize(float* gate, float* up, float* down) const {
   const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
-  for (size_t s = 0; s < shards_.size(); ++s) {
+  std::vector<std::atomic<int>> next(shards_.size());
+  backend_->pool.Run([&](Worker& worker) {
+    const int s = worker.subpool();
     const auto [begin, width] = shards_[s];
     const int end = std::min(begin + width, intermediate);
-    for (int e = 0; e < geometry_.experts; ++e) {
-      for (int i = begin; i < end; ++i) {
-        const int column = i - begin, strip = column / kStrip;
-        const bf16* panel = GateUpPanel(s, e, strip / 2);
-        const int n = strip % 2 * 2 * kStrip + column % kStrip;
-        const int64_t row = (static_cast<int64_t>(e) * intermediate + i) * hidden;
-        for (int d = 0; d < hidden; ++d) {
-          const bf16* pair = panel + static_cast<int64_t>(d / 2) * 2 * kPanel + d % 2;
-          gate[row + d] = FromBf16(pair[2 * n]);
-          up[row + d] = FromBf16(pair[2 * (n + kStrip)]);
+    std::vector<bf16> decoded(
+        kPanel * static_cast<size_t>(std::max(geometry_.hidden_padded(), width)));
+    auto values = [&](const BasePanel& panel, int depth) {
+      if (panel.values) return panel.values;
+      backend_->kernels.decode(encoding_.format, panel.codes, 0, depth / 2,
+                               decoded.data(), nullptr);
+      return static_cast<const bf16*>(decoded.data());
+    };
+    for (int e; (e = next[s].fetch_add(1)) < geometry_.experts;) {
+      for (int i = begin; i < end;) {
+        const int panel = (i - begin) / kDepth;
+        const bf16* base = values(GateUp(s, e, panel), geometry_.hidden_padded());
+        for (; i < end && (i - begin) / kDepth == panel; ++i) {
+          const int column = i - begin;
+          const int n = column % kDepth / kStrip * 2 * kStrip + column % kStrip;
+          const int64_t row = (static_cast<int64_t>(e) * intermediate + i) * hidden;
+          for (int d = 0; d < hidden; ++d) {
+            const bf16* pair = base + static_cast<int64_t>(d / 2) * 2 * kPanel + d % 2;
+            gate[row + d] = FromBf16(pair[2 * n]);
+            up[row + d] = FromBf16(pair[2 * (n + kStrip)]);
+          }
         }
       }
-      for (int h = 0; h < hidden; ++h) {
+      for (int h = 0; h < hidden;) {
         const int panel = h / kPanel;
         const int64_t stride = 2ll * kStrip * DownStrips(panel);
-        const bf16* base = DownPanel(s, e, panel) + 2 * (h % kPanel);
-        const int64_t row = (static_cast<int64_t>(e) * hidden + h) * intermediate;
-        for (int i = begin; i < end; ++i) {
-          const int d = i - begin;
-          down[row + i] = FromBf16(base[d / 2 * stride + d % 2]);
+        const bf16* base = values(Down(s, e, panel), width);
+        for (; h < hidden && h / kPanel == panel; ++h) {
+          const int64_t row = (static_cast<int64_t>(e) * hidden + h) * intermediate;
+          for (int i = begin; i < end; ++i) {
+            const int d = i - begin;
+            down[row + i] =
+                FromBf16(base[d / 2 * stride + 2 * (h % kPanel) + d % 2]);
+          }
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace ktjax

@@ -9,6 +9,8 @@
 
 #include "base/aligned.h"
 #include "base/types.h"
+#include "format/encode.h"
+#include "format/panel.h"
 #include "moe/backend.h"
 
 namespace ktjax {
@@ -56,13 +58,27 @@ struct Geometry {
   }
 };
 
-// Source arrays, row-major: gate, up [experts, intermediate, hidden], down [experts,
-// hidden, intermediate], float32 or bfloat16 bits.
+// One matrix of all experts, row-major: float32 or bfloat16 values, or the plain arrays
+// of a quantised format (format/panel.h), an expert after the other.
+struct SourceMatrix {
+  enum class Type { kFloat32, kBf16, kPlain };
+  Type type;
+  const void* values;
+  const void* scales = nullptr;
+  const uint8_t* zeros = nullptr;
+};
+
+// gate, up [experts, intermediate, hidden], down [experts, hidden, intermediate].
 struct SourceWeights {
-  const void* gate;
-  const void* up;
-  const void* down;
-  bool is_float32;
+  SourceMatrix gate;
+  SourceMatrix up;
+  SourceMatrix down;
+};
+
+// A panel of base weights: bfloat16 values, or (null) codes.
+struct BasePanel {
+  const bf16* values;
+  QuantPanel codes;
 };
 
 // Layout, for every shard and expert one block of panels (gemm/kernel.h):
@@ -71,12 +87,17 @@ struct SourceWeights {
 //   up[same] over the depth hidden_padded: SwiGLU finds its two operands in one tile.
 // * down: panel p holds outputs 64 p .. 64 p + 63 of hidden_padded over the depth
 // `width`.
+// In a quantised format a panel is a QuantPanel; a shard begins at a multiple of the
+// group.
 class ExpertStore {
  public:
   // Throws std::invalid_argument when the geometry cannot be split over the sub-pools.
-  ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry);
+  ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
+              const Encoding& encoding);
 
   // Packs all experts on the pool's threads, which so place the pages on their nodes.
+  // Values are quantised to the store's format first. Throws std::invalid_argument for
+  // weights or scales that have no value in it.
   void Pack(const SourceWeights& source);
 
   // The values that the kernels use, as float32, in the layout of SourceWeights.
@@ -93,31 +114,42 @@ class ExpertStore {
   }
 
   const Geometry& geometry() const { return geometry_; }
+  const Encoding& encoding() const { return encoding_; }
+  bool quantised() const { return encoding_.format != Format::kBf16; }
   const std::shared_ptr<Backend>& backend() const { return backend_; }
   const std::vector<Shard>& shards() const { return shards_; }
   size_t bytes() const;
 
-  const bf16* GateUpPanel(int shard, int expert, int panel) const {
-    return Block(shard, expert) + panel * GateUpStride();
+  BasePanel GateUp(int shard, int expert, int panel) const {
+    return At(Block(shard, expert) + panel * GateUpStride(), kPanelStrips,
+              geometry_.hidden_padded());
   }
-  // Elements between two panels of an expert.
+  BasePanel Down(int shard, int expert, int panel) const {
+    return At(Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard),
+              DownStrips(panel), shards_[shard].width);
+  }
+  // Bytes between two panels of an expert.
   int64_t GateUpStride() const { return PanelStride(geometry_.hidden_padded()); }
-  const bf16* DownPanel(int shard, int expert, int panel) const {
-    return Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard);
-  }
   int64_t DownStride(int shard) const { return PanelStride(shards_[shard].width); }
   int DownStrips(int panel) const {
     const int left = geometry_.hidden_padded() / kStrip - panel * kPanelStrips;
     return left < kPanelStrips ? left : kPanelStrips;
   }
+  int64_t PanelBytes(int strips, int depth) const {
+    return quantised() ? PanelLayout(encoding_, strips, depth).bytes
+                       : PairBytes(strips, depth / 2);
+  }
+  // Bytes of `pairs` depth pairs of a panel, scales not counted.
+  int64_t PairBytes(int strips, int64_t pairs) const {
+    return encoding_.code_columns(2 * pairs) * kStrip * strips;
+  }
 
  private:
-  // Large panels are 4 KiB apart. The backward reads the same rows of every panel of an
-  // expert: 256 KiB apart (a hidden size of 2048), they would share a few sets of L1
-  // and L2 and evict one another.
-  static int64_t PanelStride(int64_t depth) {
-    return kPanel * depth + (depth >= 512 ? kPanel * kDepth : 0);
-  }
+  BasePanel At(const uint8_t* memory, int strips, int depth) const;
+  // Large panels are 32 depths further apart than they are long. The backward reads the
+  // same rows of every panel of an expert: a power of two apart (256 KiB for a hidden
+  // size of 2048), they would share a few sets of L1 and L2 and evict one another.
+  int64_t PanelStride(int depth) const;
   int64_t GateUpSize(int shard) const {
     return shards_[shard].width / kDepth * GateUpStride();
   }
@@ -125,13 +157,17 @@ class ExpertStore {
     return GateUpSize(shard) +
            CeilDiv(geometry_.hidden_padded(), kPanel) * DownStride(shard);
   }
-  const bf16* Block(int shard, int expert) const {
-    return static_cast<const bf16*>(memory_[shard].data()) + expert * BlockSize(shard);
+  const uint8_t* Block(int shard, int expert) const {
+    return static_cast<const uint8_t*>(memory_[shard].data()) +
+           expert * BlockSize(shard);
   }
-  void PackExpert(const SourceWeights& source, int shard, int expert);
+  void PackValues(const SourceWeights& source, int shard, int expert);
+  void PackCodes(const SourceWeights& source, int shard, int expert,
+                 EncodedMatrix& encoded);
 
   std::shared_ptr<Backend> backend_;
   Geometry geometry_;
+  Encoding encoding_;
   std::vector<Shard> shards_;
   std::vector<AlignedBuffer> memory_;  // one per shard, on its node
   mutable std::mutex lora_mutex_;

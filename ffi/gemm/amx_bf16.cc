@@ -1,4 +1,5 @@
 // Kernels for AMX with bfloat16 tiles (Sapphire Rapids and later).
+#include "gemm/decode_avx512.h"
 #include "gemm/amx_impl.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
@@ -35,6 +36,7 @@ const Kernels kAmxBf16Kernels = {
     .enter = AmxBf16Gemm::Enter,
     .leave = AmxBf16Gemm::Leave,
     .epilogues = &kEpilogues,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

@@ -1,6 +1,7 @@
 // The AMX kernels on emulated tiles: the same code path, on any CPU. For tests.
 #include "tile/amx_emulated.h"
 
+#include "gemm/decode_generic.h"
 #include "gemm/amx_impl.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
@@ -36,6 +37,7 @@ const Kernels kAmxEmulatedKernels = {
     .enter = AmxEmulatedGemm::Enter,
     .leave = AmxEmulatedGemm::Leave,
     .epilogues = &kEpilogues,
+    .decode = Decode<GenericDecoder>,
 };
 
 }  // namespace ktjax

@@ -1,4 +1,5 @@
 // Kernels for AVX2 with FMA: Haswell and Zen, and later CPUs without AVX-512.
+#include "gemm/decode_avx2.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/isa.h"
@@ -24,6 +25,7 @@ const Kernels kAvx2Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .decode = Decode<Avx2Decoder>,
 };
 
 }  // namespace ktjax

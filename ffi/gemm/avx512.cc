@@ -1,5 +1,6 @@
 // Kernels for AVX-512 (F, BW, DQ, VL) without bfloat16 instructions: Skylake to Ice
 // Lake.
+#include "gemm/decode_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/isa.h"
@@ -26,6 +27,7 @@ const Kernels kAvx512Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

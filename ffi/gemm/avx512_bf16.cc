@@ -5,6 +5,7 @@
 // 24 products. The panel streams from L2 (11 bytes a cycle), the rows stay in L1.
 #include <immintrin.h>
 
+#include "gemm/decode_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -162,6 +163,7 @@ const Kernels kAvx512Bf16Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

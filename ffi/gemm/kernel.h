@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "base/types.h"
+#include "format/format.h"
 
 namespace ktjax {
 
@@ -166,6 +167,15 @@ struct Kernels {
   void (*leave)();
 
   const Epilogues* epilogues;
+
+  // Decodes a panel of quantised weights (format/format.h), depth pairs [first_pair,
+  // first_pair + pairs), multiples of 16, into a panel of these depths: dst[pair -
+  // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements. Not for
+  // Format::kBf16. `prefetch` may be null. In a panel of four strips a pair has one
+  // cache line of codes of 4 bits, two of 8 bits: that many lines_per_pair fetch a
+  // panel like this one.
+  void (*decode)(Format format, const QuantPanel& panel, int first_pair, int pairs,
+                 bf16* dst, Prefetch* prefetch);
 };
 
 }  // namespace ktjax

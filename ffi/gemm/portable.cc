@@ -1,4 +1,5 @@
 // Kernels for any CPU. The compiler vectorises what it can.
+#include "gemm/decode_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -57,6 +58,7 @@ const Kernels kPortableKernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
+    .decode = Decode<GenericDecoder>,
 };
 
 }  // namespace ktjax

@@ -8,6 +8,7 @@
 
 #include "base/cpu.h"
 #include "gemm/isa.h"
+#include "testing/format_suite.h"
 #include "testing/gemm_case.h"
 #include "testing/kernel_suite.h"
 #include "testing/tile_count_suite.h"
@@ -76,6 +77,7 @@ int Main() {
   }
   if (check_counts.failed) return ReportChecks();
   KernelSuite(kAmxBf16Kernels, SuiteSize::kSmall).Run();
+  FormatSuite(kAmxBf16Kernels, true).Run();
   TestTileCounts(kAmxBf16Kernels, amx_bf16_counts, {1, 16, 31, 48, 64}, 768);
   TestEmulation();
   return ReportChecks();

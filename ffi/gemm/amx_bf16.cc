@@ -1,6 +1,7 @@
 // Kernels for AMX with bfloat16 tiles (Sapphire Rapids and later).
 #include "gemm/amx_impl.h"
 #include "gemm/contract_avx512.h"
+#include "gemm/decode_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_amx.h"
 #include "gemm/int8_rows.h"
@@ -43,6 +44,7 @@ const Kernels kAmxBf16Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = AmxBf16Int8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

@@ -2,6 +2,7 @@
 #include "tile/amx_emulated.h"
 
 #include "gemm/amx_impl.h"
+#include "gemm/decode_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_amx.h"
 #include "gemm/int8_rows.h"
@@ -43,6 +44,7 @@ const Kernels kAmxEmulatedKernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = AmxEmulatedInt8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
+    .decode = Decode<GenericDecoder>,
 };
 
 }  // namespace ktjax

@@ -1,4 +1,5 @@
 // Kernels for AVX2 with FMA: Haswell and Zen, and later CPUs without AVX-512.
+#include "gemm/decode_avx2.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/int8_gemm.h"
@@ -29,6 +30,7 @@ const Kernels kAvx2Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
+    .decode = Decode<Avx2Decoder>,
 };
 
 }  // namespace ktjax

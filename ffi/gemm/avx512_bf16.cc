@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "gemm/contract_avx512.h"
+#include "gemm/decode_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_gemm.h"
 #include "gemm/int8_rows.h"
@@ -168,6 +169,7 @@ const Kernels kAvx512Bf16Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

@@ -1,5 +1,6 @@
 // Kernels for AVX-512 with VNNI (Cascade Lake, Ice Lake): those of avx512.cc, with
 // 8-bit dot products for the integer product.
+#include "gemm/decode_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/int8_gemm.h"
@@ -17,6 +18,7 @@ const Kernels kAvx512VnniKernels = {
     .row_step = 1,
     .gemm = FmaGemm,
     .transpose = Avx512Transpose,
+    .contract_outputs = nullptr,
     .pack_outputs_f32 = Avx512PackOutputs<float>,
     .pack_outputs_bf16 = Avx512PackOutputs<bf16>,
     .pack_depths_f32 = Avx512PackDepths<float>,
@@ -30,6 +32,7 @@ const Kernels kAvx512VnniKernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
+    .decode = Decode<Avx512Decoder>,
 };
 
 }  // namespace ktjax

@@ -223,6 +223,14 @@ struct Kernels {
   // over a group; both are 0 where the scale would be below 2^-126. A NaN or an
   // infinity in a group makes its scale NaN and its codes 0, so that results are NaN.
   void (*quantize_rows)(SplitRows src, int rows, int depth, const Int8Rows& dst);
+  // Decodes a panel of quantised weights (format/format.h), depth pairs [first_pair,
+  // first_pair + pairs), multiples of 16, into a panel of these depths: dst[pair -
+  // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements. Not for
+  // Format::kBf16. `prefetch` may be null. In a panel of four strips a pair has one
+  // cache line of codes of 4 bits, two of 8 bits: that many lines_per_pair fetch a
+  // panel like this one.
+  void (*decode)(Format format, const QuantPanel& panel, int first_pair, int pairs,
+                 bf16* dst, Prefetch* prefetch);
 };
 
 }  // namespace ktjax

@@ -47,7 +47,7 @@ PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expe
       expert * encoding.scale_rows(outputs) * encoding.scale_columns(depth);
   const PlainMatrix plain{
       static_cast<const uint8_t*>(source.values) + codes,
-      static_cast<const uint8_t*>(source.scales) + scales * encoding.scale_bytes(),
+      static_cast<const uint8_t*>(source.scales) + scales * ScaleBytes(encoding.spec().scale),
       source.zeros ? source.zeros + scales : nullptr, outputs, depth};
   CheckPlain(encoding, plain, name, expert);
   return plain;

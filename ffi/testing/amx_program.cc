@@ -8,6 +8,7 @@
 
 #include "base/cpu.h"
 #include "gemm/isa.h"
+#include "testing/format_suite.h"
 #include "testing/gemm_case.h"
 #include "testing/int8_suite.h"
 #include "testing/kernel_suite.h"
@@ -91,6 +92,7 @@ int Main() {
   if (check_counts.failed) return ReportChecks();
   KernelSuite(kAmxBf16Kernels, SuiteSize::kSmall).Run();
   Int8Suite(kAmxBf16Kernels, SuiteSize::kSmall).Run();
+  FormatSuite(kAmxBf16Kernels, true).Run();
   TestTileCounts(kAmxBf16Kernels, amx_bf16_counts, {1, 16, 31, 48, 64}, 768);
   TestEmulation();
   return ReportChecks();

@@ -21,6 +21,8 @@ compile gemm/amx_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx5
 	-mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16
 compile gemm/amx_emulated
 compile base/cpu
+compile format/format
+compile format/panel
 compile testing/amx_program
 mkdir -p "$(dirname "$program")"
 "${CXX:-g++}" -static -pthread "$objects"/*.o -o "$program"

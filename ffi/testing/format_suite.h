@@ -1,0 +1,289 @@
+// The tests of packing and decoding quantised panels that every instruction set passes.
+// They compare bits with an oracle of their own.
+#ifndef KTJAX_FFI_TESTING_FORMAT_SUITE_H_
+#define KTJAX_FFI_TESTING_FORMAT_SUITE_H_
+
+#include <xmmintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "base/bf16.h"
+#include "format/format.h"
+#include "format/panel.h"
+#include "gemm/kernel.h"
+#include "testing/check.h"
+
+namespace ktjax {
+
+inline std::vector<Encoding> AllEncodings() {
+  std::vector<Encoding> all;
+  for (const char* name :
+       {"int8", "int4", "fp8_block", "fp8_channel", "rawint4", "mxfp4"}) {
+    all.push_back(MakeEncoding(name, 0, false));
+  }
+  for (const int group : {32, 64, 128}) {
+    for (const bool zero_points : {false, true}) {
+      all.push_back(MakeEncoding("int4_kgroup", group, zero_points));
+    }
+  }
+  return all;
+}
+
+// Flushing of denormals, as in worker threads, on or off.
+class FlushMode {
+ public:
+  explicit FlushMode(bool flush) : saved_(_mm_getcsr()) {
+    _mm_setcsr(flush ? saved_ | 0x8040 : saved_ & ~0x8040u);
+  }
+  ~FlushMode() { _mm_setcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+};
+
+// The number of a code, by definition.
+inline double OracleCode(Code code, int bits, int zero) {
+  switch (code) {
+    case Code::kE4M3: {
+      const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+      const double magnitude =
+          exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+      return bits & 0x80 ? -magnitude : magnitude;
+    }
+    case Code::kE2M1: {
+      const double magnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+      return bits & 8 ? -magnitudes[bits & 7] : magnitudes[bits & 7];
+    }
+    default:
+      return bits - zero;
+  }
+}
+
+// The value of a weight: one product in float32, rounded to bfloat16. Not when
+// denormals are flushed.
+inline float OracleValue(double code, float scale) {
+  if (scale < 0x1p-126f) scale = 0;
+  const float product = static_cast<float>(code) * scale;
+  return std::fabs(product) < 0x1p-126f ? 0.0f : FromBf16(RoundToBf16(product));
+}
+
+// Plain arrays with any codes and any scales, each array up against a guard.
+class RandomPlain {
+ public:
+  RandomPlain(const Encoding& encoding, int outputs, int depth, bool rare_scales,
+              Random& random)
+      : encoding_(encoding),
+        columns_(encoding.scale_columns(depth)),
+        outputs_(outputs),
+        depth_(depth),
+        codes_(outputs * encoding.code_columns(depth)),
+        scales_(encoding.scale_rows(outputs) * columns_ *
+                ScaleBytes(encoding.spec().scale)),
+        zeros_(encoding.scale_rows(outputs) * columns_) {
+    for (size_t i = 0; i < codes_.size(); ++i) {
+      codes_[i] = static_cast<uint8_t>(random.Bits());
+      if (code() == Code::kE4M3 && (codes_[i] & 0x7f) == 0x7f) codes_[i] ^= 1;
+    }
+    for (size_t i = 0; i < zeros_.size(); ++i) {
+      SetScale(i, rare_scales && random.Below(8) == 0 ? RareScale(random)
+                                                      : 0x1p-6f * random.Value());
+      zeros_[i] = static_cast<uint8_t>(random.Below(16));
+    }
+  }
+
+  PlainMatrix plain() const {
+    return {codes_.data(), scales_.data(),
+            encoding_.zero_points ? zeros_.data() : nullptr, outputs_, depth_};
+  }
+
+  float Value(int output, int depth) const {
+    const int group = encoding_.group ? encoding_.group : depth_;
+    const int64_t at =
+        output / encoding_.spec().block_outputs * columns_ + depth / group;
+    const int64_t row = output * encoding_.code_columns(depth_);
+    int bits, zero = 0;
+    if (code() == Code::kInt8) {
+      bits = static_cast<int8_t>(codes_[row + depth]);
+    } else if (code() == Code::kE4M3) {
+      bits = codes_[row + depth];
+    } else {
+      bits = codes_[row + depth / 2] >> depth % 2 * 4 & 15;
+      zero = encoding_.zero_points ? zeros_[at] : 8;
+    }
+    return OracleValue(OracleCode(code(), bits, zero), Scale(at));
+  }
+
+ private:
+  Code code() const { return encoding_.spec().code; }
+  ScaleType type() const { return encoding_.spec().scale; }
+  // Scales at which products become denormal, infinite, or 0; 2^-125 (1 - 2^-24) times
+  // a half is the tie below 2^-126.
+  static float RareScale(Random& random) {
+    const float scales[] = {
+        0,         0x1p-149f, 0x1.8p-127f, 0x1p-126f, 0x1.fffffep-126f, 0x1p-118f,
+        0x1p-101f, 0x1p-100f, 0x1p99f,     0x1p100f,  0x1p121f,         0x1.8p125f};
+    return scales[random.Below(static_cast<int>(std::size(scales)))];
+  }
+
+  void SetScale(size_t i, float scale) {
+    scale = std::fabs(scale);
+    if (type() == ScaleType::kFloat32) {
+      std::memcpy(scales_.data() + 4 * i, &scale, 4);
+    } else if (type() == ScaleType::kBf16) {
+      const bf16 bits = RoundToBf16(scale);
+      std::memcpy(scales_.data() + 2 * i, &bits, 2);
+    } else {
+      scales_[i] = static_cast<uint8_t>(RoundToBf16(scale) >> 7);
+    }
+  }
+
+  float Scale(int64_t i) const {
+    if (type() == ScaleType::kFloat32) {
+      float scale;
+      std::memcpy(&scale, scales_.data() + 4 * i, 4);
+      return scale;
+    }
+    if (type() == ScaleType::kBf16) {
+      bf16 bits;
+      std::memcpy(&bits, scales_.data() + 2 * i, 2);
+      return FromBf16(bits);
+    }
+    return std::ldexp(1.0f, scales_[i] - 127);
+  }
+
+  const Encoding encoding_;
+  const int64_t columns_;
+  const int outputs_, depth_;
+  Guarded<uint8_t> codes_, scales_, zeros_;
+};
+
+class FormatSuite {
+ public:
+  FormatSuite(const Kernels& kernels, bool small) : kernels_(kernels), small_(small) {}
+
+  void Run() {
+    for (const Encoding& encoding : AllEncodings()) {
+      for (int strips = 1; strips <= kPanelStrips; ++strips) {
+        if (small_ && strips == 3) continue;
+        for (const bool rare : {false, true}) TestPanels(encoding, strips, rare);
+      }
+      TestPrefetch(encoding);
+    }
+  }
+
+ private:
+  struct Place {
+    int first_output, outputs, first_depth, depth;
+  };
+
+  // Parts of a matrix, with edges within strips and blocks, in panels that may be
+  // deeper.
+  void TestPanels(const Encoding& encoding, int strips, bool rare) {
+    const bool any_depth = encoding.group == 0 || encoding.spec().block_outputs > 1;
+    const int outputs = 150, depth = any_depth ? 309 : 384;
+    Random random(strips);
+    const RandomPlain source(encoding, outputs, depth, rare, random);
+    const int width = kStrip * strips;
+    std::vector<Place> places = {
+        {0, width, 0, depth},
+        {outputs - width + 3, width - 3, 128, depth - 128},
+        {120, std::min(width, 19), 256, 32},
+        {5, 0, 0, depth},
+    };
+    for (const Place& place : places) TestPanel(encoding, source, place, strips);
+  }
+
+  void TestPanel(const Encoding& encoding, const RandomPlain& source,
+                 const Place& place, int strips) {
+    const int depth = static_cast<int>(RoundUp(place.depth, kDepth));
+    const PanelLayout layout(encoding, strips, depth);
+    KTJAX_CHECK(layout.bytes % 64 == 0, "%s: %lld bytes", encoding.spec().name,
+                static_cast<long long>(layout.bytes));
+    Guarded<uint8_t> memory(layout.bytes);
+    for (int s = 0; s < strips; ++s) {
+      PackStrip(layout, source.plain(), place.first_output + s * kStrip,
+                std::min(place.outputs - s * kStrip, kStrip), place.first_depth,
+                place.depth, s, memory.data());
+    }
+    const QuantPanel panel = layout.At(memory.data());
+
+    const int width = kStrip * strips;
+    std::vector<bf16> expected(static_cast<size_t>(depth) * width);
+    int wrong = 0;
+    for (int d = 0; d < depth; ++d) {
+      for (int n = 0; n < width; ++n) {
+        const bool inside = n < place.outputs && d < place.depth;
+        const float value =
+            inside ? source.Value(place.first_output + n, place.first_depth + d) : 0.0f;
+        expected[d / 2 * 2 * width + 2 * n + d % 2] = RoundToBf16(value);
+        wrong += PanelValue(encoding, panel, d, n) != value;
+      }
+    }
+    KTJAX_CHECK(wrong == 0, "%s: %d other values in the panel", encoding.spec().name,
+                wrong);
+
+    const int blocks = depth / kDepth;
+    for (int first = 0; first < blocks; first += small_ ? 3 : 1) {
+      for (const int count : {1, 2, blocks - first}) {
+        if (first + count > blocks) continue;
+        for (const bool flush : {false, true}) {
+          TestRange(encoding, panel, first, count, flush, expected);
+        }
+      }
+    }
+  }
+
+  // Decodes blocks [first, + count) of 32 depths.
+  void TestRange(const Encoding& encoding, const QuantPanel& panel, int first,
+                 int count, bool flush, const std::vector<bf16>& expected) {
+    const size_t block = static_cast<size_t>(kDepth) * kStrip * panel.strips;
+    Guarded<bf16> got(count * block);
+    {
+      const FlushMode mode(flush);
+      kernels_.decode(encoding.format, panel, first * kDepth / 2, count * kDepth / 2,
+                      got.data(), nullptr);
+    }
+    size_t wrong = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      const bf16 want = expected[first * block + i];
+      wrong += (want & 0x7fff) == 0 ? (got[i] & 0x7fff) != 0 : got[i] != want;
+    }
+    KTJAX_CHECK(wrong == 0,
+                "%s: %s, group %d%s: %d strips, blocks %d + %d%s: %zu wrong",
+                kernels_.name, encoding.spec().name, encoding.group,
+                encoding.zero_points ? ", zero points" : "", panel.strips, first, count,
+                flush ? ", flushing" : "", wrong);
+  }
+
+  // Prefetching changes nothing and gets through its chunks.
+  void TestPrefetch(const Encoding& encoding) {
+    constexpr int kChunks = 2, kChunkBytes = 2048, kStride = 3000;
+    static const char memory[kChunks * kStride] = {};
+    const int depth = 256;
+    Random random(1);
+    const RandomPlain source(encoding, kStrip, depth, false, random);
+    const PanelLayout layout(encoding, 1, depth);
+    Guarded<uint8_t> bytes(layout.bytes);
+    PackStrip(layout, source.plain(), 0, kStrip, 0, depth, 0, bytes.data());
+    const QuantPanel panel = layout.At(bytes.data());
+    Guarded<bf16> plain(depth * kStrip), got(depth * kStrip);
+    kernels_.decode(encoding.format, panel, 0, depth / 2, plain.data(), nullptr);
+    Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes, 0, 1};
+    kernels_.decode(encoding.format, panel, 0, depth / 2, got.data(), &prefetch);
+    KTJAX_CHECK(!std::memcmp(plain.data(), got.data(), sizeof(bf16) * got.size()),
+                "%s: %s: other bits with prefetching", kernels_.name,
+                encoding.spec().name);
+    KTJAX_CHECK(prefetch.position == prefetch.total_bytes, "%s: stopped at byte %lld",
+                kernels_.name, static_cast<long long>(prefetch.position));
+  }
+
+  const Kernels& kernels_;
+  const bool small_;
+};
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_TESTING_FORMAT_SUITE_H_

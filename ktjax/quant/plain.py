@@ -23,9 +23,11 @@ _CHUNK = 1 << 22
 
 
 def group_of(q: Quantized, depth: int) -> int | None:
-    """Depths that share a scale, by the arrays' shapes; None if that is no integer."""
-    groups = np.shape(q.scales)[-1]
-    return depth // groups if groups and depth % groups == 0 else None
+    """Depths that share a scale, by the arrays' shapes; None if they do not say."""
+    shape = np.shape(q.scales)
+    if len(shape) != 3 or shape[-1] == 0 or depth % shape[-1]:
+        return None
+    return depth // shape[-1]
 
 
 def check_quantized(

@@ -1,6 +1,6 @@
 """ktjax: LoRA fine-tuning of Mixture-of-Experts models, experts in host memory."""
 
-from ktjax import backend, config, io, models, nn, train
+from ktjax import backend, config, io, models, nn, quant, train
 from ktjax.config import LoRAConfig, MoEConfig, PoolConfig
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_base import BaseMoEWrapper
@@ -12,6 +12,7 @@ from ktjax.experts_sft import (
 from ktjax.lora import LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
+from ktjax.quant import Quantized
 from ktjax.store import ExpertStore
 
 __version__ = "0.1.0"
@@ -27,12 +28,14 @@ __all__ = [
     "LoRAConfig",
     "MoEConfig",
     "PoolConfig",
+    "Quantized",
     "backend",
     "config",
     "io",
     "models",
     "moe",
     "nn",
+    "quant",
     "reference",
     "train",
 ]

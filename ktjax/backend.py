@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from ktjax.config import (
     keep_freed_memory,
     profile_enabled,
 )
+from ktjax.quant.formats import check_compute
 
 if TYPE_CHECKING:
     from ktjax.lora import LoRA
@@ -125,11 +126,14 @@ def take_profile() -> dict[str, tuple[float, int]]:
 def native_bits(array: np.ndarray) -> np.ndarray:
     """A C-contiguous view (or copy) that the native library can take.
 
-    bfloat16 crosses as its uint16 bits: the buffer protocol has no name for it.
+    bfloat16 crosses as its uint16 bits and float8 as its uint8 bits: the buffer
+    protocol has no names for them.
     """
     array = np.ascontiguousarray(array)
     if array.dtype == jax.numpy.bfloat16:
         return array.view(np.uint16)
+    if array.dtype == jax.numpy.float8_e4m3fn:
+        return array.view(np.uint8)
     return array
 
 
@@ -158,7 +162,12 @@ def register_lora(store: ExpertStore, lora: LoRA, scaling: float) -> None:
 
 
 def submit_forward_registered(
-    store: ExpertStore, x: Array, ids: Array, w: Array
+    store: ExpertStore,
+    x: Array,
+    ids: Array,
+    w: Array,
+    *,
+    compute: Literal["bf16", "int8"] | None = None,
 ) -> np.ndarray:
     """Queues a forward with the registered adapter (none: the base weights alone).
 
@@ -169,12 +178,13 @@ def submit_forward_registered(
       x: `[tokens, hidden]`, float32 or bfloat16. Must not change before `sync`.
       ids: `[tokens, k]` int32; -1 skips a slot.
       w: `[tokens, k]` float32.
+      compute: as in `ktjax.moe`.
 
     Returns:
       The array, like x, that holds the result after `sync`.
 
     Raises:
-      ValueError: wrong shapes.
+      ValueError: wrong shapes, or a policy that the store's format does not have.
       TypeError: wrong dtypes.
       RuntimeError: the store is closed.
     """
@@ -194,9 +204,10 @@ def submit_forward_registered(
         raise ValueError(
             f"forward: w: expected float32 {ids.shape}, got {w.dtype} {w.shape}"
         )
+    int8 = check_compute(compute, store.format, where="forward")
     y = np.empty_like(x)
     _native.submit_forward(
-        *store.words(), native_bits(x), ids, w, native_bits(y), (x, ids, w, y)
+        *store.words(), native_bits(x), ids, w, native_bits(y), (x, ids, w, y), int8
     )
     return y
 
@@ -211,9 +222,14 @@ def sync() -> None:
 
 
 def forward_registered(
-    store: ExpertStore, x: Array, ids: Array, w: Array
+    store: ExpertStore,
+    x: Array,
+    ids: Array,
+    w: Array,
+    *,
+    compute: Literal["bf16", "int8"] | None = None,
 ) -> np.ndarray:
     """`submit_forward_registered` and `sync` in one."""
-    y = submit_forward_registered(store, x, ids, w)
+    y = submit_forward_registered(store, x, ids, w, compute=compute)
     sync()
     return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ktjax.experts_base import BaseMoEWrapper
 from ktjax.experts_sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper
@@ -21,7 +21,7 @@ class KTMoEWrapper:
     INFERENCE_METHODS: ClassVar[frozenset[str]] = frozenset(
         {"AMXINT4", "AMXINT8", "RAWINT4", "FP8", "LLAMAFILE", "MOE_INT4", "MOE_INT8"}
     )
-    SFT_METHODS: ClassVar[frozenset[str]] = AMXSFTMoEWrapper.SUPPORTED_METHODS
+    SFT_METHODS: ClassVar[frozenset[str]] = frozenset(AMXSFTMoEWrapper.METHODS)
 
     def __new__(  # type: ignore[misc]
         cls,
@@ -42,6 +42,10 @@ class KTMoEWrapper:
         lora_rank: int = 16,
         lora_alpha: float = 32.0,
         max_cache_depth: int = 1,
+        *,
+        group_size: int | None = None,
+        zero_point: bool = False,
+        compute: Literal["bf16", "int8"] | None = None,
     ) -> BaseMoEWrapper | BaseSFTMoEWrapper:
         """Make a wrapper.
 
@@ -66,6 +70,10 @@ class KTMoEWrapper:
             lora_alpha / lora_rank.
           max_cache_depth: mode "sft" only: how many forwards may await their
             backward.
+          group_size: method "AMXINT4_KGroup_SFT" only: 32, 64 or 128 depths to a scale;
+            None = what the checkpoint has, or else 128.
+          zero_point: method "AMXINT4_KGroup_SFT" only: quantise with zero points.
+          compute: mode "sft" only: "bf16", "int8" or None, as in `ktjax.moe`.
 
         Returns:
           A `BaseMoEWrapper` in mode "inference", a `BaseSFTMoEWrapper` in mode "sft".
@@ -73,7 +81,7 @@ class KTMoEWrapper:
         Raises:
           ValueError: an unknown mode, a method outside the mode's set, or a setting
             outside its limits.
-          NotImplementedError: a method that is not built yet.
+          NotImplementedError: a method of mode "inference"; none is built yet.
           RuntimeError: the worker pool already runs with another configuration.
         """
         if mode not in ("inference", "sft"):
@@ -88,7 +96,7 @@ class KTMoEWrapper:
         if mode == "inference":
             raise NotImplementedError(
                 f"Method '{method}' of mode 'inference' is not built yet; what works "
-                f"today: mode='sft' with method in {sorted(AMXSFTMoEWrapper.FORMATS)}"
+                f"today: mode='sft' with method in {sorted(AMXSFTMoEWrapper.METHODS)}"
             )
         return AMXSFTMoEWrapper(
             layer_idx=layer_idx,
@@ -105,4 +113,7 @@ class KTMoEWrapper:
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             max_cache_depth=max_cache_depth,
+            group_size=group_size,
+            zero_point=zero_point,
+            compute=compute,
         )

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from ktjax.quant.formats import Quantized
+
 Array = Any
 
 ACTIVATION_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -36,6 +38,25 @@ def as_numpy(value: Array, operation: str, operand: str) -> np.ndarray[Any, Any]
             return np.asarray(jnp.from_dlpack(value))
         return np.from_dlpack(value)
     return np.asarray(value)
+
+
+def as_weights(
+    value: Array | Quantized, operation: str, operand: str
+) -> np.ndarray[Any, Any] | Quantized:
+    """Base weights as NumPy arrays; see `as_numpy`."""
+    if not isinstance(value, Quantized):
+        return as_numpy(value, operation, operand)
+    return Quantized(
+        *(
+            None if part is None else as_numpy(part, operation, f"{operand}: {name}")
+            for name, part in value._asdict().items()
+        )
+    )
+
+
+def count_experts(weights: np.ndarray[Any, Any] | Quantized) -> int:
+    """The least number of experts among the arrays."""
+    return min((array.shape or (0,))[0] for array in jax.tree.leaves(weights))
 
 
 def check_activations(

@@ -10,12 +10,13 @@ from flax import nnx
 
 from ktjax import experts_arrays, experts_state
 from ktjax.experts_buffer import KExpertsSFTBuffer
+from ktjax.experts_load import check_sizes, encoding_of, make_store
 from ktjax.experts_sft_base import LORA_NAMES, BaseSFTMoEWrapper
-from ktjax.io.experts import load_experts
+from ktjax.io.experts import ExpertWeights, read_experts
 from ktjax.io.safetensors import Checkpoint
 from ktjax.lora import LoRA
 from ktjax.ops.api import moe
-from ktjax.store import ExpertStore
+from ktjax.quant.formats import Encoding, Quantized, check_compute
 
 __all__ = ["AMXSFTMoEWrapper", "BaseSFTMoEWrapper", "KExpertsSFTBuffer"]
 
@@ -33,23 +34,34 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
     read; `update_lora_weights()` does it at a moment of the caller's choosing.
 
     Attributes:
-      method: the storage format of the base weights, one of `SUPPORTED_METHODS`.
+      METHODS: the store formats of each method, the one that float weights are
+        quantised to first. Weights that are stored in another of them stay as they are.
+      method: the storage format of the base weights, one of `METHODS`.
+      compute: "bf16", "int8" or None, as in `ktjax.moe`; of every way to compute.
 
     Args:
       method: the storage format of the base weights.
+      group_size: method "AMXINT4_KGroup_SFT" only: 32, 64 or 128 depths to a scale;
+        None = what the weights have, or else 128.
+      zero_point: method "AMXINT4_KGroup_SFT" only: quantise with zero points.
+      compute: "bf16", "int8" or None, as in `ktjax.moe`.
       others: see `BaseSFTMoEWrapper`.
 
     Raises:
-      ValueError: an unknown method, or a setting outside its limits.
-      NotImplementedError: a method that is not built yet.
+      ValueError: an unknown method, an option that it does not have, or a setting
+        outside its limits.
       RuntimeError: the worker pool already runs with another configuration.
     """
 
-    SUPPORTED_METHODS: ClassVar[frozenset[str]] = frozenset(
-        {"AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT", "AMXINT4_KGroup_SFT"}
-    )
-    # The store format of each method that works today.
-    FORMATS: ClassVar[dict[str, str]] = {"AMXBF16_SFT": "bf16"}
+    METHODS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "AMXBF16_SFT": ("bf16",),
+        "AMXINT8_SFT": ("int8",),
+        "AMXINT4_SFT": ("int4",),
+        "AMXINT4_KGroup_SFT": ("int4_kgroup",),
+        "AMXFP8_SFT": ("fp8_block", "fp8_channel"),
+        "RAWINT4_SFT": ("rawint4",),
+        "AMXMXFP4_SFT": ("mxfp4",),
+    }
 
     def __init__(
         self,
@@ -67,17 +79,19 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         lora_rank: int = 16,
         lora_alpha: float = 32.0,
         max_cache_depth: int = 1,
+        *,
+        group_size: int | None = None,
+        zero_point: bool = False,
+        compute: Literal["bf16", "int8"] | None = None,
     ) -> None:
-        if method not in self.SUPPORTED_METHODS:
+        if method not in self.METHODS:
             raise ValueError(
                 f"Unsupported method: {method}. "
-                f"Supported methods: {sorted(self.SUPPORTED_METHODS)}"
+                f"Supported methods: {sorted(self.METHODS)}"
             )
-        if method not in self.FORMATS:
-            raise NotImplementedError(
-                f"Method '{method}' is not built yet; what works today in SFT mode: "
-                f"{sorted(self.FORMATS)}"
-            )
+        format = self.METHODS[method][0]
+        Encoding.of(format, group_size, zero_point, where=method)
+        check_compute(compute, format, where=method)
         super().__init__(
             layer_idx,
             num_experts,
@@ -94,11 +108,17 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
             max_cache_depth,
         )
         self.method = method
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.compute = compute
 
     def load_weights(self, physical_to_logical_map: Array | None = None) -> None:
         """Load layer `layer_idx` of the checkpoint at `weight_path`.
 
-        Loading again replaces the weights; the adapters stay.
+        A checkpoint in a format of the method is taken as it is; float weights are
+        quantised. One that is quantised in another format is quantised again, from its
+        exact values and with a warning. Loading again replaces the weights; the
+        adapters stay.
 
         Args:
           physical_to_logical_map: `[num_experts]` integers: slot p holds expert map[p];
@@ -107,7 +127,8 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         Raises:
           FileNotFoundError: there is no checkpoint at `weight_path`.
           KeyError: it has no experts for this layer.
-          ValueError: a bad map, or tensors that do not have the wrapper's sizes.
+          ValueError: a bad map, tensors that do not have the wrapper's sizes, or what
+            `ExpertStore.from_arrays` refuses.
         """
         order = None
         if physical_to_logical_map is not None:
@@ -115,7 +136,7 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
                 physical_to_logical_map, self.num_experts, self.num_experts
             )
         self._adopt(
-            *load_experts(
+            read_experts(
                 Checkpoint(self.weight_path),
                 self.layer_idx,
                 self.num_experts,
@@ -125,12 +146,15 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
 
     def load_weights_from_arrays(
         self,
-        gate: Array,
-        up: Array,
-        down: Array,
+        gate: Array | Quantized,
+        up: Array | Quantized,
+        down: Array | Quantized,
         physical_to_logical_map: Array | None = None,
     ) -> None:
-        """Load the base weights from arrays, float32 or bfloat16.
+        """Load the base weights from arrays, float32 or bfloat16, which are quantised.
+
+        Or all three are `ktjax.Quantized` in a format of the method; "AMXFP8_SFT" takes
+        scales for blocks and for rows.
 
         Args:
           gate: `[experts, intermediate, hidden]`.
@@ -142,34 +166,43 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         Raises:
           ValueError: a bad map, or arrays that do not have the wrapper's sizes.
         """
-        operation = "load_weights_from_arrays"
-        arrays = [
-            experts_arrays.as_numpy(value, operation, name)
-            for name, value in (("gate", gate), ("up", up), ("down", down))
+        matrices = (gate, up, down)
+        given = [
+            experts_arrays.as_weights(value, "load_weights_from_arrays", name)
+            for name, value in zip(("gate", "up", "down"), matrices, strict=True)
         ]
         if physical_to_logical_map is not None:
-            logical = min((array.shape or (0,))[0] for array in arrays)
             order = experts_arrays.check_map(
-                physical_to_logical_map, self.num_experts, logical
+                physical_to_logical_map,
+                self.num_experts,
+                min(experts_arrays.count_experts(weights) for weights in given),
             )
-            arrays = [array[order] for array in arrays]
-        self._adopt(*arrays)
+            given = [jax.tree.map(lambda array: array[order], w) for w in given]
+        encoding = encoding_of(
+            given[0],
+            self.METHODS[self.method],
+            self.group_size,
+            self.zero_point,
+            depth=self.hidden_size,
+            where=self.method,
+        )
+        self._adopt(ExpertWeights(encoding, *given))
 
-    def _adopt(self, gate: Array, up: Array, down: Array) -> None:
-        experts, hidden = self.num_experts, self.hidden_size
-        inner = self.moe_intermediate_size
-        for name, array, shape in (
-            ("gate", gate, (experts, inner, hidden)),
-            ("up", up, (experts, inner, hidden)),
-            ("down", down, (experts, hidden, inner)),
-        ):
-            if array.shape != shape:
-                raise ValueError(
-                    f"load_weights: {name} of layer {self.layer_idx} must have shape "
-                    f"{shape}, got {array.shape}"
-                )
-        store = ExpertStore.from_arrays(
-            gate, up, down, format=self.FORMATS[self.method], pool=self.cpu_infer
+    def _adopt(self, weights: ExpertWeights) -> None:
+        check_sizes(
+            weights,
+            self.num_experts,
+            self.hidden_size,
+            self.moe_intermediate_size,
+            where=f"layer {self.layer_idx}",
+        )
+        store = make_store(
+            weights,
+            self.METHODS[self.method],
+            self.group_size,
+            self.zero_point,
+            pool=self.cpu_infer,
+            where=f"load_weights: layer {self.layer_idx}",
         )
         loaded = experts_state.LoadedExperts(store)
         experts_state.eager_state(self).loaded = loaded
@@ -323,15 +356,20 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         )
         w = experts_arrays.check_routing(weights, slots, "forward_sft")
         if lora is None:
-            return experts_state.forward_base(loaded.store, x, ids, w)
+            return experts_state.forward_base(
+                loaded.store, x, ids, w, compute=self.compute
+            )
         loaded.register_if_changed(lora, self.lora_scaling)
         if not save_for_backward:
-            return experts_state.forward_registered(loaded, self._buffer(x), x, ids, w)
+            return experts_state.forward_registered(
+                loaded, self._buffer(x), x, ids, w, compute=self.compute
+            )
         y, pullback = experts_state.forward_saving(
             loaded.store,
             lora,
             *map(experts_arrays.owned, (x, ids, w)),
             scaling=self.lora_scaling,
+            compute=self.compute,
         )
         saved.append(experts_state.SavedForward(y.shape, y.dtype, pullback))
         return y
@@ -429,6 +467,7 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
             self.lora,
             scaling=self.lora_scaling,
             activation_policy=activation_policy,
+            compute=self.compute,
         )
 
     def close(self) -> None:

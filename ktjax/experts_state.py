@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -161,14 +161,26 @@ def eager_state(module: nnx.Module) -> EagerState:
         return _STATES.setdefault(module, EagerState())
 
 
-@functools.partial(jax.jit, static_argnames="scaling")
+Compute = Literal["bf16", "int8"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("scaling", "compute"))
 def forward_saving(
-    store: ExpertStore, lora: LoRA, x: Array, ids: Array, w: Array, *, scaling: float
+    store: ExpertStore,
+    lora: LoRA,
+    x: Array,
+    ids: Array,
+    w: Array,
+    *,
+    scaling: float,
+    compute: Compute,
 ) -> tuple[jax.Array, Any]:
     """The output, and its pullback to (x, w, lora): a pytree of the residuals."""
-    return jax.vjp(
-        lambda x, w, lora: moe(x, ids, w, store, lora, scaling=scaling), x, w, lora
-    )
+
+    def forward(x: Array, w: Array, lora: LoRA) -> jax.Array:
+        return moe(x, ids, w, store, lora, scaling=scaling, compute=compute)
+
+    return jax.vjp(forward, x, w, lora)
 
 
 @jax.jit
@@ -177,7 +189,12 @@ def pull_back(pullback: Any, grad_output: Array) -> tuple[jax.Array, jax.Array, 
     return pullback(grad_output)
 
 
-forward_base = jax.jit(lambda store, x, ids, w: moe(x, ids, w, store))
+@functools.partial(jax.jit, static_argnames="compute")
+def forward_base(
+    store: ExpertStore, x: Array, ids: Array, w: Array, *, compute: Compute
+) -> jax.Array:
+    """The output of the base weights alone."""
+    return moe(x, ids, w, store, compute=compute)
 
 
 def forward_registered(
@@ -186,6 +203,8 @@ def forward_registered(
     x: np.ndarray[Any, Any],
     ids: np.ndarray[Any, Any],
     w: np.ndarray[Any, Any],
+    *,
+    compute: Compute,
 ) -> jax.Array:
     """The forward with the registered adapter, in staging memory; keeps nothing."""
     tokens = x.size // x.shape[-1]
@@ -195,5 +214,7 @@ def forward_registered(
         rows[...] = x.reshape(rows.shape)
         slots[...] = ids.reshape(slots.shape)
         shares[...] = w.reshape(shares.shape)
-        y = backend.forward_registered(loaded.store, rows, slots, shares)
+        y = backend.forward_registered(
+            loaded.store, rows, slots, shares, compute=compute
+        )
     return jnp.asarray(y).reshape(x.shape)

@@ -11,19 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktjax import _native, backend
+from ktjax.quant.formats import FORMATS, Encoding, Quantized
+from ktjax.quant.plain import check_quantized, group_of
 
 Array = Any
 
-FORMATS = ("bf16",)
+_NAMES = ("gate", "up", "down")
 
 
 class Geometry(NamedTuple):
-    """The static facts of a store: what shapes and residuals depend on."""
+    """The static facts of a store: what shapes and residuals depend on; hashable."""
 
     format: str
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    group_size: int = 0
+    zero_point: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,9 @@ class ExpertStore:
 
     Attributes:
       handle: `uint32[2]`, the name of the native store in this process.
-      format: the storage format, "bf16".
+      format: the storage format, a name in `ktjax.quant.FORMATS`.
+      group_size: depths that share a scale; 0 = a whole row does, or there is none.
+      zero_point: whether the groups have zero points.
       num_experts: experts of the layer.
       hidden_size: width of the residual stream.
       intermediate_size: width of an expert.
@@ -68,44 +74,66 @@ class ExpertStore:
     @classmethod
     def from_arrays(
         cls,
-        gate: Array,
-        up: Array,
-        down: Array,
+        gate: Array | Quantized,
+        up: Array | Quantized,
+        down: Array | Quantized,
         *,
         format: str = "bf16",
+        group_size: int | None = None,
+        zero_point: bool = False,
         pool: backend.Pool | None = None,
     ) -> ExpertStore:
-        """Packs the weights of all experts.
+        """Packs the weights of all experts, quantising them if need be.
 
-        The arrays may be NumPy (also memory-mapped) or JAX arrays, float32 or bfloat16;
-        float32 is rounded to nearest even. They are not needed afterwards.
+        Weights may be NumPy (also memory-mapped) or JAX arrays, float32 or bfloat16.
+        They are encoded by the rules in docs/formats.md, with the bits of
+        `ktjax.quant.encode`; "bf16" rounds to nearest even. Or all three are
+        `ktjax.Quantized`: the plain arrays of the format, whose codes and scales are
+        kept as they are. Nothing given is needed afterwards.
+
+        Magnitudes below 2^-126 count as zero, in weights, scales and values. A scale of
+        zero makes its weights zero.
 
         Args:
           gate: `[experts, intermediate, hidden]`.
           up: `[experts, intermediate, hidden]`.
           down: `[experts, hidden, intermediate]`.
-          format: storage format; "bf16".
+          format: storage format, a name in `ktjax.quant.FORMATS`.
+          group_size: for int4_kgroup: 32, 64 or 128 depths to a scale. None = 128, or
+            what the quantised arrays have.
+          zero_point: for int4_kgroup: quantise with zero points. Quantised arrays have
+            them if `zeros` is given.
           pool: the pool to use; None starts the default one if none is running.
 
         Raises:
-          ValueError: unknown format, wrong shapes, or not the running pool.
+          ValueError: an unknown format or an option that it does not have; wrong
+            shapes; sizes that groups do not divide; NaN or Inf in weights to be
+            quantised (bfloat16 keeps them); scales that are NaN, infinite or negative;
+            NaN codes; or not the running pool.
           TypeError: wrong dtypes.
           MemoryError: the weights do not fit.
         """
-        if format not in FORMATS:
-            raise ValueError(
-                f"ExpertStore: format: expected one of {sorted(FORMATS)}, got "
-                f"{format!r}"
-            )
+        # Before anything starts a pool: a typing error must not.
+        Encoding.of(format, group_size, zero_point, where="ExpertStore")
         running = backend.get_pool()
         if pool is not None and pool is not running:
             raise ValueError(
                 f"ExpertStore: pool: expected the running pool {running}, got {pool}; "
                 "get it from ktjax.backend.get_pool()"
             )
-        arrays = [np.asarray(array) for array in (gate, up, down)]
-        geometry = _check(arrays, format)
-        epoch, index = _native.create_store(*map(backend.native_bits, arrays))
+        matrices = (gate, up, down)
+        if any(isinstance(matrix, Quantized) for matrix in matrices):
+            geometry, arrays = _check_plain(matrices, format, group_size, zero_point)
+        else:
+            geometry, arrays = _check(matrices, format, group_size, zero_point)
+        # 0 where the format fixes the group.
+        chosen = geometry.group_size if FORMATS[format].group_sizes else 0
+        epoch, index = _native.create_store(
+            format,
+            chosen,
+            geometry.zero_point,
+            *([backend.native_bits(a) for a in matrix] for matrix in arrays),
+        )
         with jax.ensure_compile_time_eval():
             handle = jnp.array([epoch, index], jnp.uint32)
         store = cls(handle, geometry)
@@ -121,6 +149,16 @@ class ExpertStore:
     def format(self) -> str:
         """The storage format."""
         return self._geometry.format
+
+    @property
+    def group_size(self) -> int:
+        """Depths that share a scale; 0 = a whole row does, or there is none."""
+        return self._geometry.group_size
+
+    @property
+    def zero_point(self) -> bool:
+        """Whether the groups have zero points."""
+        return self._geometry.zero_point
 
     @property
     def num_experts(self) -> int:
@@ -144,11 +182,15 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of the packed weights, padding included."""
+        """Host memory of the packed weights: codes, scales and zeros, with padding."""
         return _native.store_bytes(*self.words())
 
     def dequantize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The exact values that the kernels use: gate, up and down in float32."""
+        """The exact values that the kernels use: gate, up and down in float32.
+
+        They are those of `ktjax.quant.decode` on the same codes and scales: bfloat16
+        values, in forward and backward alike.
+        """
         e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
         words = self.words()
         arrays = (
@@ -199,16 +241,21 @@ class ExpertStore:
         return int(epoch), int(index)
 
 
-def _check(arrays: list[np.ndarray], format: str) -> Geometry:
+def _check(
+    matrices: tuple[Array, ...], format: str, group_size: int | None, zero_point: bool
+) -> tuple[Geometry, list[list[np.ndarray]]]:
+    """The geometry of weights to encode, and each matrix as the native library's."""
+    arrays = [np.asarray(matrix) for matrix in matrices]
     gate, up, down = arrays
-    for name, array in zip(("gate", "up", "down"), arrays, strict=True):
+    for name, array in zip(_NAMES, arrays, strict=True):
         if array.ndim != 3:
             raise ValueError(
                 f"ExpertStore: {name}: expected 3 dimensions, got shape {array.shape}"
             )
         if array.dtype not in (np.float32, jnp.bfloat16):
             raise TypeError(
-                f"ExpertStore: {name}: expected float32 or bfloat16, got {array.dtype}"
+                f"ExpertStore: {name}: expected float32 or bfloat16, got "
+                f"{array.dtype}; already quantised weights go in as ktjax.Quantized"
             )
         if array.dtype != gate.dtype:
             raise TypeError(
@@ -227,4 +274,71 @@ def _check(arrays: list[np.ndarray], format: str) -> Geometry:
                 f"ExpertStore: {name}: expected {expected} to match gate "
                 f"{gate.shape}, got {array.shape}"
             )
-    return Geometry(format, experts, hidden, intermediate)
+    encoding = Encoding.of(format, group_size, zero_point, where="ExpertStore")
+    _check_groups(encoding, hidden, intermediate)
+    return _geometry(encoding, experts, hidden, intermediate), [[a] for a in arrays]
+
+
+def _check_plain(
+    matrices: tuple[Array, ...], format: str, group_size: int | None, zero_point: bool
+) -> tuple[Geometry, list[list[np.ndarray]]]:
+    """As `_check`, for weights that are already quantised."""
+    if FORMATS[format].scale is None:
+        raise ValueError(
+            f"ExpertStore: gate: format {format!r} has no scales: expected arrays, got "
+            "ktjax.Quantized; give the format of the quantised arrays"
+        )
+    for name, matrix in zip(_NAMES, matrices, strict=True):
+        if not isinstance(matrix, Quantized):
+            raise TypeError(
+                f"ExpertStore: {name}: expected ktjax.Quantized like the others, got "
+                f"{type(matrix).__name__}"
+            )
+        if np.ndim(matrix.values) != 3 or 0 in np.shape(matrix.values):
+            raise ValueError(
+                f"ExpertStore: {name}: values: expected 3 dimensions > 0, got shape "
+                f"{np.shape(matrix.values)}"
+            )
+    gate, _, down = matrices
+    # The outputs of gate are the depth of down and the other way round: packed values
+    # alone would leave odd depths open.
+    experts, intermediate, _ = np.shape(gate.values)
+    hidden = np.shape(down.values)[1]
+    zero_point = zero_point or gate.zeros is not None
+    if FORMATS[format].group_sizes and group_size is None:
+        group_size = group_of(gate, hidden)
+    encoding = Encoding.of(format, group_size, zero_point, where="ExpertStore")
+    _check_groups(encoding, hidden, intermediate)
+    arrays = []
+    for name, matrix, outputs, depth in (
+        ("gate", gate, intermediate, hidden),
+        ("up", matrices[1], intermediate, hidden),
+        ("down", down, hidden, intermediate),
+    ):
+        where = f"ExpertStore: {name}"
+        plain = check_quantized(matrix, encoding, outputs, depth, where=where)
+        if len(plain.values) != experts:
+            raise ValueError(
+                f"{where}: values: expected {experts} experts like gate, got "
+                f"{len(plain.values)}"
+            )
+        arrays.append([array for array in plain if array is not None])
+    return _geometry(encoding, experts, hidden, intermediate), arrays
+
+
+def _check_groups(encoding: Encoding, hidden: int, intermediate: int) -> None:
+    encoding.check_depth(hidden, where="ExpertStore: hidden size")
+    encoding.check_depth(intermediate, where="ExpertStore: intermediate size")
+
+
+def _geometry(
+    encoding: Encoding, experts: int, hidden: int, intermediate: int
+) -> Geometry:
+    return Geometry(
+        encoding.format,
+        experts,
+        hidden,
+        intermediate,
+        encoding.group_size,
+        encoding.zero_point,
+    )

@@ -253,7 +253,7 @@ def test_config_reads_both_forms_of_rope(path):
 def test_loading_errors(path, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="experts must be one of bf16"):
+    with pytest.raises(ValueError, match="experts must be one of auto, bf16"):
         from_pretrained(path, experts="int3")
     with pytest.raises(ValueError, match="dtype must be bfloat16 or float32"):
         from_pretrained(path, dtype=jnp.float16)

@@ -38,9 +38,16 @@ def test_signature_is_the_published_one():
         "lora_rank",
         "lora_alpha",
         "max_cache_depth",
+        "group_size",
+        "zero_point",
+        "compute",
     ]
     defaults = [p.default for p in parameters[10:]]
-    assert defaults == [False, None, "AMXINT4", "inference", 16, 32.0, 1]
+    assert defaults == [
+        *(False, None, "AMXINT4", "inference", 16, 32.0, 1),
+        *(None, False, None),
+    ]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[-3:])
 
 
 def test_method_sets():
@@ -55,9 +62,12 @@ def test_method_sets():
     ]
     assert sorted(KTMoEWrapper.SFT_METHODS) == [
         "AMXBF16_SFT",
+        "AMXFP8_SFT",
         "AMXINT4_KGroup_SFT",
         "AMXINT4_SFT",
         "AMXINT8_SFT",
+        "AMXMXFP4_SFT",
+        "RAWINT4_SFT",
     ]
 
 
@@ -76,7 +86,8 @@ def test_method_must_belong_to_the_mode():
     with refuses(
         ValueError,
         "Method 'AMXINT4' is not supported in SFT mode. Supported methods: "
-        "['AMXBF16_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', 'AMXINT8_SFT']",
+        "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'RAWINT4_SFT']",
     ):
         KTMoEWrapper(**arguments(method="AMXINT4"))
 
@@ -96,14 +107,10 @@ def test_bf16_sft_is_built():
     assert wrapper.cpu_infer is backend.get_pool()
 
 
-@pytest.mark.parametrize(
-    ("mode", "method"),
-    [("inference", m) for m in sorted(KTMoEWrapper.INFERENCE_METHODS)]
-    + [("sft", m) for m in sorted(KTMoEWrapper.SFT_METHODS - {"AMXBF16_SFT"})],
-)
-def test_unbuilt_methods_name_what_works(mode, method):
+@pytest.mark.parametrize("method", sorted(KTMoEWrapper.INFERENCE_METHODS))
+def test_unbuilt_methods_name_what_works(method):
     with pytest.raises(NotImplementedError, match=f"{method}.*AMXBF16_SFT"):
-        KTMoEWrapper(**arguments(mode=mode, method=method))
+        KTMoEWrapper(**arguments(mode="inference", method=method))
 
 
 def test_wrapper_class_refuses_unknown_method():
@@ -111,7 +118,8 @@ def test_wrapper_class_refuses_unknown_method():
     with refuses(
         ValueError,
         "Unsupported method: FP8. Supported methods: "
-        "['AMXBF16_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', 'AMXINT8_SFT']",
+        "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'RAWINT4_SFT']",
     ):
         AMXSFTMoEWrapper(**sizes, method="FP8")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
+from ktjax.io.stored import has_matrix, read_matrix, stored_encoding
+from ktjax.quant import Encoding, Quantized, decode
 
 Array = np.ndarray[Any, Any]
 
@@ -19,20 +24,71 @@ _PER_EXPERT = (
 _FUSED = "mlp.experts"
 
 
-def load_experts(
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of a layer as a checkpoint stores them.
+
+    Attributes:
+      encoding: the storage format; "bf16" for weights that are not quantised.
+      gate: `[slots, intermediate, hidden]` in the checkpoint's dtype, or quantised.
+      up: likewise.
+      down: `[slots, hidden, intermediate]`, likewise.
+    """
+
+    encoding: Encoding
+    gate: Array | Quantized
+    up: Array | Quantized
+    down: Array | Quantized
+
+    def arrays(self) -> tuple[Array | Quantized, ...]:
+        """gate, up and down."""
+        return self.gate, self.up, self.down
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(slots, intermediate, hidden), by the outputs of gate and of down."""
+        gate, _, down = (
+            a.values if isinstance(a, Quantized) else a for a in self.arrays()
+        )
+        return (*gate.shape[:2], down.shape[1])
+
+    def dequantize(self) -> tuple[Array, Array, Array]:
+        """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""
+        _, intermediate, hidden = self.shape
+        return (
+            _dequantize(self.gate, self.encoding, hidden),
+            _dequantize(self.up, self.encoding, hidden),
+            _dequantize(self.down, self.encoding, intermediate),
+        )
+
+
+def _dequantize(matrix: Array | Quantized, encoding: Encoding, depth: int) -> Array:
+    """One expert at a time, so that no whole matrix is ever in float32."""
+    if not isinstance(matrix, Quantized):
+        return matrix
+    shape = (*matrix.values.shape[:2], depth)
+    result = np.empty(shape, ml_dtypes.bfloat16)
+    for expert in range(shape[0]):
+        one = Quantized(*(None if a is None else a[expert] for a in matrix))
+        result[expert] = decode(one, encoding.format, depth=depth)
+    return result
+
+
+def read_experts(
     checkpoint: Checkpoint,
     layer_idx: int,
     num_experts: int,
     *,
     physical_to_logical_map: Sequence[int] | Array | None = None,
     prefix: str = "model.layers",
-) -> tuple[Array, Array, Array]:
-    """Stack the experts of layer `layer_idx`.
+) -> ExpertWeights:
+    """Stack the experts of layer `layer_idx`, in the format that they are stored in.
 
     Accepts, under `{prefix}.{layer_idx}.`, per-expert
-    `mlp.experts.E.{gate,up,down}_proj.weight` (Qwen, OLMoE, DeepSeek, GLM),
-    `block_sparse_moe.experts.E.{w1,w3,w2}.weight` (Mixtral), or the fused
-    `mlp.experts.gate_up_proj [E, 2I, H]` and `mlp.experts.down_proj [E, H, I]`.
+    `mlp.experts.E.{gate,up,down}_proj` (Qwen, OLMoE, DeepSeek, GLM, Kimi-K2) and
+    `block_sparse_moe.experts.E.{w1,w3,w2}` (Mixtral), whose tensors may be quantised as
+    `ktjax.io.stored` lists; or the fused `mlp.experts.gate_up_proj [E, 2I, H]` and
+    `mlp.experts.down_proj [E, H, I]` in float32 or bfloat16.
 
     Args:
       checkpoint: where to read.
@@ -43,9 +99,8 @@ def load_experts(
       prefix: what comes before the layer's index.
 
     Returns:
-      gate `[slots, intermediate, hidden]`, up likewise, down
-      `[slots, hidden, intermediate]`, in the checkpoint's dtype. Per-expert layouts are
-      copied into new arrays; a fused layout without a map stays a view of the file.
+      The weights. Per-expert layouts are copied into new arrays; a fused layout without
+      a map stays a view of the file.
 
     Raises:
       KeyError: the layer has no experts in a known layout, or one tensor is missing.
@@ -54,24 +109,58 @@ def load_experts(
     at = f"{prefix}.{layer_idx}"
     order = _check_map(physical_to_logical_map, num_experts)
     for folder, names in _PER_EXPERT:
-        if f"{at}.{folder}.0.{names[0]}.weight" in checkpoint:
+        first = f"{at}.{folder}.0"
+        if f"{first}.{names[0]}.qweight" in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint.path}: {first}.{names[0]}.qweight: the layouts of GPTQ "
+                "and AWQ are not read; convert the checkpoint to BF16 or "
+                "compressed-tensors"
+            )
+        if has_matrix(checkpoint, f"{first}.{names[0]}"):
+            encoding = stored_encoding(checkpoint, [f"{first}.{n}" for n in names])
             gate, up, down = (
-                _stack(checkpoint, f"{at}.{folder}", name, order) for name in names
+                _stack(checkpoint, f"{at}.{folder}", name, order, encoding)
+                for name in names
             )
             break
     else:
         if f"{at}.{_FUSED}.gate_up_proj" not in checkpoint:
             raise KeyError(
                 f"{checkpoint.path}: layer {layer_idx} has no routed experts: expected "
-                f"{at}.mlp.experts.0.gate_proj.weight, "
+                f"{at}.mlp.experts.0.gate_proj.weight (or .weight_packed), "
                 f"{at}.block_sparse_moe.experts.0.w1.weight "
                 f"or {at}.{_FUSED}.gate_up_proj"
             )
+        encoding = Encoding.of("bf16")
         gate, up, down = _fused(checkpoint, f"{at}.{_FUSED}", num_experts)
         if physical_to_logical_map is not None:
             gate, up, down = gate[order], up[order], down[order]
-    _check_shapes(f"{checkpoint.path}: experts of {at}", gate, up, down)
-    return gate, up, down
+    weights = ExpertWeights(encoding, gate, up, down)
+    if encoding.format == "bf16":
+        _check_shapes(f"{checkpoint.path}: experts of {at}", *weights.dequantize())
+    return weights
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    layer_idx: int,
+    num_experts: int,
+    *,
+    physical_to_logical_map: Sequence[int] | Array | None = None,
+    prefix: str = "model.layers",
+) -> tuple[Array, Array, Array]:
+    """`read_experts` as arrays: gate, up and down.
+
+    In the checkpoint's dtype; where it is quantised, the values in bfloat16, which
+    holds them exactly.
+    """
+    return read_experts(
+        checkpoint,
+        layer_idx,
+        num_experts,
+        physical_to_logical_map=physical_to_logical_map,
+        prefix=prefix,
+    ).dequantize()
 
 
 def _check_map(mapping: Sequence[int] | Array | None, num_experts: int) -> list[int]:
@@ -95,20 +184,22 @@ def _check_map(mapping: Sequence[int] | Array | None, num_experts: int) -> list[
     return [int(expert) for expert in order]
 
 
-def _stack(checkpoint: Checkpoint, at: str, name: str, order: list[int]) -> Array:
+def _stack(
+    checkpoint: Checkpoint, at: str, name: str, order: list[int], encoding: Encoding
+) -> Array | Quantized:
     """Copy expert by expert, so that no more than one stacked copy is ever alive."""
-    first = checkpoint[f"{at}.{order[0]}.{name}.weight"]
-    stacked = np.empty((len(order), *first.shape), first.dtype)
+    first = list(read_matrix(checkpoint, f"{at}.{order[0]}.{name}", encoding).values())
+    stacked = [np.empty((len(order), *part.shape), part.dtype) for part in first]
     for slot, expert in enumerate(order):
-        key = f"{at}.{expert}.{name}.weight"
-        tensor = checkpoint[key]
-        if tensor.shape != first.shape or tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{checkpoint.path}: {key} is {tensor.dtype}{list(tensor.shape)}, "
-                f"expert {order[0]} has {first.dtype}{list(first.shape)}"
-            )
-        stacked[slot] = tensor
-    return stacked
+        parts = read_matrix(checkpoint, f"{at}.{expert}.{name}", encoding)
+        for (key, part), like, array in zip(parts.items(), first, stacked, strict=True):
+            if part.shape != like.shape or part.dtype != like.dtype:
+                raise ValueError(
+                    f"{checkpoint.path}: {key} is {part.dtype}{list(part.shape)}, "
+                    f"expert {order[0]} has {like.dtype}{list(like.shape)}"
+                )
+            array[slot] = part
+    return stacked[0] if encoding.format == "bf16" else Quantized(*stacked)
 
 
 def _fused(

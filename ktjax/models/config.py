@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ktjax.quant.formats import BLOCK
+
 SUPPORTED_MODEL_TYPES = ("qwen3_moe",)
+QUANTIZATION_METHODS = ("fp8", "compressed-tensors")
 
 _REQUIRED = (
     "vocab_size",
@@ -195,11 +198,25 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         "hidden_act": (None, "silu"),
         "use_sliding_window": (None, False),
         "attention_dropout": (None, 0, 0.0),
-        "quantization_config": (None,),
     }
     for name, values in allowed.items():
         if raw.get(name) not in values:
             raise ConfigError(f"{name} = {raw[name]!r} is not supported")
+    # The tensors themselves say how they are stored; this says whether to look.
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return
+    known = isinstance(quantization, Mapping)
+    if not known or quantization.get("quant_method") not in QUANTIZATION_METHODS:
+        raise ConfigError(
+            f"quantization_config = {quantization!r} is not supported; supported "
+            f"values of quant_method: {', '.join(QUANTIZATION_METHODS)}"
+        )
+    if quantization.get("weight_block_size") not in (None, [BLOCK, BLOCK]):
+        raise ConfigError(
+            f"quantization_config: weight_block_size must be [{BLOCK}, {BLOCK}], got "
+            f"{quantization['weight_block_size']!r}"
+        )
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:

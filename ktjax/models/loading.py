@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
+from rich.progress import track
 
 from ktjax.config import LoRAConfig
-from ktjax.io import Checkpoint, load_experts
+from ktjax.experts_load import make_store
+from ktjax.io import Checkpoint, read_experts
+from ktjax.io.stored import read_dense
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
 from ktjax.nn import GatedMLP, MoELayer, ReferenceExperts, RoutedExperts
-from ktjax.store import ExpertStore
+from ktjax.quant.formats import FORMATS, Encoding, check_compute
 
-EXPERTS = ("bf16", "reference")
+EXPERTS = ("auto", *FORMATS, "reference")
 
 
 class _Unloaded(nnx.Module):
@@ -31,6 +35,9 @@ def from_pretrained(
     path: str | os.PathLike[str],
     *,
     experts: str = "bf16",
+    group_size: int | None = None,
+    zero_point: bool = False,
+    compute: Literal["bf16", "int8"] | None = None,
     dtype: Any = jnp.bfloat16,
     lora: LoRAConfig | None = None,
     activation_policy: Literal["save", "recompute"] = "save",
@@ -39,12 +46,20 @@ def from_pretrained(
     """Load a language model from a Hugging Face directory.
 
     Experts are read one layer at a time, so beside the model itself at most one layer's
-    experts are in memory twice.
+    experts are in memory twice. Where they are stored in the format that was asked for,
+    they go into the store as they are; others are quantised, those that are quantised
+    already from their exact values and with a warning. On a terminal a progress bar
+    counts the layers.
 
     Args:
       path: a directory with config.json and (sharded) safetensors.
-      experts: "bf16": the kernels, weights in BF16 in host memory. "reference": pure
-        JAX in float32, slow; the oracle.
+      experts: storage format of the experts in host memory, a name in
+        `ktjax.quant.FORMATS`. "auto": the format that the checkpoint has. "reference":
+        pure JAX in float32, slow; the oracle.
+      group_size: for int4_kgroup: 32, 64 or 128 depths to a scale; None = what the
+        checkpoint has, or else 128.
+      zero_point: for int4_kgroup: quantise with zero points.
+      compute: "bf16", "int8" or None, as in `ktjax.moe`.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
       lora: adapters on every layer's experts, or None.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
@@ -67,6 +82,15 @@ def from_pretrained(
             f"from_pretrained: experts must be one of {', '.join(EXPERTS)}, "
             f"got {experts!r}"
         )
+    if experts in FORMATS:
+        Encoding.of(experts, group_size, zero_point, where="from_pretrained")
+    elif group_size is not None or zero_point:
+        raise ValueError(
+            "from_pretrained: group_size and zero_point need a format, got "
+            f"experts={experts!r}"
+        )
+    if experts != "auto":  # else each layer's store decides
+        check_compute(compute, experts, where="from_pretrained")
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(
@@ -84,21 +108,41 @@ def from_pretrained(
     if lora is not None:
         kwargs |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
     try:
-        for index, layer in model.moe_layers():
-            weights = load_experts(checkpoint, index, config.num_experts)
-            _check_experts(path, index, config, weights[0].shape)
+        for index, layer in _counted(model.moe_layers()):
+            weights = read_experts(checkpoint, index, config.num_experts)
+            _check_experts(path, index, config, weights.shape)
             if experts == "reference":
-                layer.experts = ReferenceExperts(*weights, **kwargs)
+                layer.experts = ReferenceExperts(*weights.dequantize(), **kwargs)
                 continue
+            store = make_store(
+                weights,
+                [weights.encoding.format if experts == "auto" else experts],
+                group_size,
+                zero_point,
+                where=str(path),
+            )
             layer.experts = RoutedExperts(
-                ExpertStore.from_arrays(*weights, format=experts),
+                store,
                 activation_policy=activation_policy,
+                compute=compute,
                 **kwargs,
             )
     except BaseException:
         model.close()
         raise
     return model
+
+
+def _counted(layers: Sequence[Any]) -> Iterator[Any]:
+    """The layers, with a progress bar on a terminal while there are more to come."""
+    console = Console(stderr=True)
+    yield from track(
+        layers,
+        description="loading experts",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
@@ -136,7 +180,8 @@ def _layer_tensors(at: str, layer: DecoderLayer) -> Iterator[tuple[str, Any, boo
 def _assign(
     checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
 ) -> None:
-    tensor = checkpoint[name]
+    at = name.removesuffix(".weight")
+    tensor = checkpoint[name] if at == name else read_dense(checkpoint, at)
     expected = variable.shape[::-1] if transpose else variable.shape
     if tensor.shape != expected:
         raise ValueError(

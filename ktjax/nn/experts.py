@@ -14,6 +14,7 @@ from ktjax.experts_state import StoreForm, StoreHandle
 from ktjax.lora import LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
+from ktjax.quant.formats import check_compute
 from ktjax.store import ExpertStore
 
 Array = Any
@@ -90,6 +91,7 @@ class RoutedExperts(_Adapted):
       num_experts, hidden_size, intermediate_size: the store's geometry.
       lora_rank: rank of the adapters, or None.
       scaling: lora_alpha / lora_rank.
+      compute: "bf16", "int8" or None, as in `ktjax.moe`.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class RoutedExperts(_Adapted):
         lora_alpha: float | None = None,
         param_dtype: Any = jnp.float32,
         activation_policy: Literal["save", "recompute"] = "save",
+        compute: Literal["bf16", "int8"] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """Wrap `store`.
@@ -110,14 +113,21 @@ class RoutedExperts(_Adapted):
           lora_alpha: adapters are scaled by lora_alpha / lora_rank; None = lora_rank.
           param_dtype: dtype of the adapters, float32 or bfloat16.
           activation_policy: "save" or "recompute", as in `ktjax.moe`.
+          compute: "bf16", "int8" or None, as in `ktjax.moe`.
           rngs: source of A's initial values; needed with a rank.
+
+        Raises:
+          ValueError: a rank without rngs or out of its range, or a policy that the
+            store's format does not have.
         """
+        check_compute(compute, store.format, where="routed experts")
         _STORES[self] = store
         (handle,), structure = jax.tree.flatten(store)
         self._form = StoreForm(structure)
         # A copy: a step that donates the module must not take the store's own handle.
         self.handle = StoreHandle(jnp.array(handle))
         self.activation_policy = activation_policy
+        self.compute = compute
         geometry = (store.num_experts, store.intermediate_size, store.hidden_size)
         self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
 
@@ -145,6 +155,7 @@ class RoutedExperts(_Adapted):
             self.lora,
             scaling=self.scaling,
             activation_policy=self.activation_policy,
+            compute=self.compute,
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ktjax.lora import LoRA
 from ktjax.ops import vjp
 from ktjax.ops.native import Spec
+from ktjax.quant.formats import check_compute
 from ktjax.store import ExpertStore
 
 Array = Any
@@ -28,6 +29,7 @@ def moe(
     *,
     scaling: float = 1.0,
     activation_policy: Literal["save", "recompute"] = "save",
+    compute: Literal["bf16", "int8"] | None = None,
 ) -> Array:
     """A mixture of experts with SwiGLU and LoRA, computed on the CPU.
 
@@ -38,7 +40,8 @@ def moe(
 
     Pure and differentiable in `x`, `w` and `lora`; the base weights are frozen.
     Products take bfloat16 operands and add in float32, gradients included; the result
-    is rounded once. Same inputs give the same bits, for any number of threads.
+    is rounded once. Same inputs give the same bits, for any number of threads. Weights
+    have the values of `ExpertStore.dequantize()`, in the forward and the backward.
 
     Under `jax.vmap` over x, ids and w the batch is folded into the tokens, but for the
     gradients of LoRA, which are computed one element at a time.
@@ -55,12 +58,17 @@ def moe(
       scaling: s = lora_alpha / lora_rank, static.
       activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for
         the backward, in bfloat16; "recompute" keeps nothing and computes them again.
+      compute: "bf16", the default of None: products as said above. "int8", for
+        inference with an int8, int4 or int4_kgroup store: the forward's base products
+        take activations quantised to int8, by token or by token and group, and sum
+        integers. The backward's products are those of "bf16" in either case.
 
     Returns:
       `[..., hidden]` in the dtype of x.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown policy.
+      ValueError: shapes that do not fit, an unknown policy, or compute="int8" with a
+        store of another format or with a bare handle, whose format is unknown here.
       TypeError: wrong dtypes.
       jax.errors.JaxRuntimeError or ValueError: raised when the call runs, for an id out
         of range and for a closed store.
@@ -72,8 +80,10 @@ def moe(
         )
     x, ids, w = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(w)
     handle, intermediate = _check(x, ids, w, store, lora)
+    format = store.format if isinstance(store, ExpertStore) else None
+    int8 = check_compute(compute, format, where="moe")
     keep = activation_policy == "save" and intermediate is not None
-    spec = Spec(intermediate, float(scaling), keep)
+    spec = Spec(intermediate, float(scaling), keep, int8)
     return _moe(spec, x, ids, w, handle, lora)
 
 

@@ -26,11 +26,14 @@ class Spec:
       intermediate: width of an expert.
       scaling: lora_alpha / lora_rank.
       keep: whether the forward keeps values for the backward.
+      int8: whether base products of the forward, and of its recomputation in the
+        backward, quantise activations to int8.
     """
 
     intermediate: int | None
     scaling: float
     keep: bool
+    int8: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,11 @@ def _kept_shapes(spec: Spec, x: Array, ids: Array, lora: LoRA | None) -> list[An
 
 
 def _attributes(spec: Spec, lora: LoRA | None) -> dict[str, Any]:
-    return {"scaling": np.float32(spec.scaling), "has_lora": lora is not None}
+    return {
+        "scaling": np.float32(spec.scaling),
+        "has_lora": lora is not None,
+        "int8": spec.int8,
+    }
 
 
 def _operands(lora: LoRA | None) -> tuple[Array, ...]:

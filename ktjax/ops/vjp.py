@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -21,7 +22,7 @@ def moe(
     spec: Spec, x: Array, ids: Array, w: Array, handle: Array, lora: LoRA | None
 ) -> Array:
     """`[tokens, hidden] -> [tokens, hidden]`; see `ktjax.moe`."""
-    plain = Spec(spec.intermediate, spec.scaling, keep=False)
+    plain = dataclasses.replace(spec, keep=False)
     return native.forward(plain)(x, ids, w, handle, lora)[0]
 
 
@@ -35,7 +36,7 @@ def _forward(spec, x, ids, w, handle, lora):
         lambda leaf: leaf.value, (x, ids, w, handle, lora), is_leaf=_is_primal
     )
     keep = spec.keep and (needs.x or needs.w or needs.lora)
-    actual = Spec(spec.intermediate, spec.scaling, keep)
+    actual = dataclasses.replace(spec, keep=keep)
     y, kept = native.forward(actual)(x, ids, w, handle, lora)
     return y, (needs, x, ids, w, handle, lora, kept)
 

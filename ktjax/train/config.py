@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ktjax import assets
+from ktjax.models.loading import EXPERTS
 from ktjax.train.options import Option, check_fields
 
 DType = Literal["float32", "bfloat16"]
@@ -44,7 +45,19 @@ class TrainConfig:
     resume: Annotated[
         bool, Option("continue from the newest checkpoint in the output directory")
     ] = False
-    experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
+    experts: Annotated[
+        str,
+        Option(
+            "storage format of the frozen expert weights: "
+            f"{', '.join(EXPERTS)}; auto = that of the checkpoint"
+        ),
+    ] = "bf16"
+    group_size: Annotated[
+        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
+    ] = None
+    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
+        False
+    )
     dtype: Annotated[
         DType,
         Option(
@@ -166,7 +179,8 @@ class TrainConfig:
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the updates; a resumed run must have the same."""
         names = (
-            "experts dtype lora_rank lora_alpha steps batch_size accumulation "
+            "experts group_size zero_point dtype lora_rank lora_alpha steps "
+            "batch_size accumulation "
             "sequence_length batching bucket learning_rate warmup_steps final_rate "
             "weight_decay clip_norm router_aux_weight seed"
         )
@@ -187,7 +201,23 @@ class GenerateConfig:
         Option("output directory of a training, to use its newest adapters"),
     ] = None
     system: Annotated[str | None, Option("the system message")] = None
-    experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
+    experts: Annotated[
+        str | None,
+        Option(
+            f"storage format of the expert weights: {', '.join(EXPERTS)} "
+            "(default: the run's, or else bf16)"
+        ),
+    ] = None
+    group_size: Annotated[
+        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
+    ] = None
+    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
+        False
+    )
+    compute: Annotated[
+        Literal["bf16", "int8"],
+        Option("int8: quantise activations too, for int8, int4 and int4_kgroup"),
+    ] = "bf16"
     dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (
         "float32"
     )
@@ -206,3 +236,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.experts is None and (self.group_size is not None or self.zero_point):
+            raise ValueError(
+                "GenerateConfig.group_size and zero_point need experts, the format "
+                "that has them"
+            )

@@ -93,15 +93,22 @@ def run_generation(config: GenerateConfig, console: Console) -> None:
       FileNotFoundError: each says what is wrong and where.
     """
     path, lora, saved = config.model, None, None
+    # Adapters belong to the very weights that they were trained on.
+    base: dict[str, Any] = {"experts": "bf16", "group_size": None, "zero_point": False}
     if config.run is not None:
         saved = _newest_checkpoint(config.run)
         meta = checkpoint.read_meta(saved)
         trained = meta["config"]
         lora = LoRAConfig(trained["lora_rank"], trained["lora_alpha"])
+        base |= {name: trained.get(name, value) for name, value in base.items()}
         path = path or Path(meta["model"])
     path = path or TrainConfig().model_path
     tokenizer = Tokenizer(path)
-    model = from_pretrained(path, experts=config.experts, dtype=config.dtype, lora=lora)
+    if config.experts is not None:
+        base = {name: getattr(config, name) for name in base}
+    model = from_pretrained(
+        path, **base, compute=config.compute, dtype=config.dtype, lora=lora
+    )
     try:
         if saved is not None:
             state = nnx.state(model, nnx.LoRAParam)
@@ -130,6 +137,8 @@ def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
     return from_pretrained(
         config.model_path,
         experts=config.experts,
+        group_size=config.group_size,
+        zero_point=config.zero_point,
         dtype=config.dtype,
         lora=LoRAConfig(config.lora_rank, config.lora_alpha),
         activation_policy=config.activation_policy,

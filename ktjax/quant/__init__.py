@@ -1,0 +1,6 @@
+"""Storage formats of expert weights: what they are, and their codecs in NumPy."""
+
+from ktjax.quant.codec import decode, encode
+from ktjax.quant.formats import FORMATS, Encoding, Format, Quantized
+
+__all__ = ["FORMATS", "Encoding", "Format", "Quantized", "decode", "encode"]

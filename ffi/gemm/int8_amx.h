@@ -55,42 +55,57 @@ inline void UnpackNibbles(const uint8_t* codes, int depth, int strips, uint8_t* 
   }
 }
 
+// total += x * y, in one rounding where the instruction set has it.
+inline void AddProduct(F32x16& total, const F32x16& x, const F32x16& y) {
+#if defined(__AVX512F__)
+  total = (F32x16)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)total);
+#else
+  total += x * y;
+#endif
+}
+
+// Issues what the schedule has for `pairs` depth pairs.
+inline void PrefetchPairs(Prefetch* prefetch, int pairs) {
+  while (pairs > 0) {
+    const PrefetchRun run = NextRun(prefetch, pairs, 1);
+    for (int i = 0; i < run.steps * run.lines_per_step; ++i) {
+      _mm_prefetch(run.line + kCacheLine * i, _MM_HINT_T1);
+    }
+    pairs -= run.steps;
+  }
+}
+
 // c[r] (+)= (sums[r] - zero * a.sums[r]) * scales for the rows [row, row + rows) of c
-// and group g, which begins at depth `begin`. Fetches what the group's depths stand
-// for.
-inline void ScaleTiles(const AmxInt8Product& p, int g, int begin, int count, int row,
-                       int rows, const int32_t* sums) {
-  const ptrdiff_t place = ScalePlace(p.b, begin);
+// and group g, of `count` depths from `begin` on. Fetches, row by row, what the group's
+// depths stand for.
+template <int kStrips>
+void ScaleTiles(const AmxInt8Product& p, int g, int begin, int count, int row, int rows,
+                const int32_t* sums) {
+  F32x16 scales[kStrips], zeros[kStrips];
+  for (int strip = 0; strip < kStrips; ++strip) {
+    const ptrdiff_t place = ScalePlace(p.b, begin) + strip * kStrip;
+    LoadScales(p.format, p.b, place, scales[strip]);
+    LoadZeros(p.format, p.b, place, zeros[strip]);
+  }
   const bool add = p.accumulate || g > 0;
   const int pairs_per_row = static_cast<int>(CeilDiv(count / 2, rows));
   for (int r = 0; r < rows; ++r) {
-    for (int pairs = p.prefetch ? pairs_per_row : 0; pairs > 0;) {
-      const PrefetchRun run = NextRun(p.prefetch, pairs, 1);
-      for (int i = 0; i < run.steps * run.lines_per_step; ++i) {
-        _mm_prefetch(run.line + kCacheLine * i, _MM_HINT_T1);
-      }
-      pairs -= run.steps;
-    }
+    if (p.prefetch) PrefetchPairs(p.prefetch, pairs_per_row);
     const ptrdiff_t row_place = (row + r) * p.a.group_stride + g;
-    const int32_t row_sum = p.a.sums[row_place];
-    for (int strip = 0; strip < p.b.strips; ++strip) {
-      const ptrdiff_t at = place + strip * kStrip;
-      I32x16 sum;
-      std::memcpy(&sum, sums + r * kPanel + strip * kStrip, sizeof sum);
-      if (p.b.zeros) {
-        U8x16 zeros;
-        std::memcpy(&zeros, p.b.zeros + at, sizeof zeros);
-        sum -= row_sum * __builtin_convertvector(zeros, I32x16);
-      } else {
-        sum -= row_sum * CodeOfZero(p.format);
-      }
-      F32x16 scales;
-      LoadScales(p.format, p.b, at, scales);
-      float* dst = p.c + (row + r) * kPanel + strip * kStrip;
+    const F32x16 minus = F32x16{} - static_cast<float>(p.a.sums[row_place]);
+    const float row_scale = p.a.scales[row_place];
+    float* c = p.c + (row + r) * kPanel;
+#pragma GCC unroll 4
+    for (int strip = 0; strip < kStrips; ++strip) {
+      I32x16 tile_row;
+      std::memcpy(&tile_row, sums + r * kPanel + strip * kStrip, sizeof tile_row);
+      // Whole numbers below 2^24: exact.
+      F32x16 sum = __builtin_convertvector(tile_row, F32x16);
+      AddProduct(sum, minus, zeros[strip]);
       F32x16 total = {};
-      if (add) Load(dst, total);
-      total += __builtin_convertvector(sum, F32x16) * (p.a.scales[row_place] * scales);
-      Store(total, dst);
+      if (add) Load(c + strip * kStrip, total);
+      AddProduct(total, sum, row_scale * scales[strip]);
+      Store(total, c + strip * kStrip);
     }
   }
 }
@@ -101,12 +116,23 @@ class AmxInt8Gemm {
   static void Gemm(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
                    int depth, int rows, float* c, bool accumulate, Prefetch* prefetch) {
     const AmxInt8Product product = {format, a, b, depth, c, accumulate, prefetch};
-    const int whole = rows / kTileMaxRows * kTileMaxRows;
-    if (whole) AllGroups(product, 0, whole, kTileMaxRows);
-    if (rows > whole) AllGroups(product, whole, rows, rows - whole);
+    switch (b.strips) {
+      case 1:
+        return Rows<1>(product, rows);
+      case 2:
+        return Rows<2>(product, rows);
+      case 3:
+        return Rows<3>(product, rows);
+      default:
+        return Rows<4>(product, rows);
+    }
   }
 
  private:
+  // Bytes between rows of 32-bit lanes.
+  template <int kStrips>
+  static constexpr ptrdiff_t kLanes = kLaneBytes * kStrip * kStrips;
+
   static void Configure(int rows) {
     // Told apart from the configurations of the bfloat16 product by its sign.
     if (configured_rows == -rows) return;
@@ -122,46 +148,41 @@ class AmxInt8Gemm {
     configured_rows = -rows;
   }
 
+  template <int kStrips>
+  static void Rows(const AmxInt8Product& p, int rows) {
+    const int whole = rows / kTileMaxRows * kTileMaxRows;
+    if (whole) AllGroups<kStrips>(p, 0, whole, kTileMaxRows);
+    if (rows > whole) AllGroups<kStrips>(p, whole, rows, rows - whole);
+  }
+
   // The rows [row, end), `tile_rows` at a time, through all groups.
+  template <int kStrips>
   static void AllGroups(const AmxInt8Product& p, int row, int end, int tile_rows) {
     Configure(tile_rows);
     const int bits = CodeBits(p.format);
-    const ptrdiff_t lanes = kLaneBytes * kStrip * p.b.strips;
-    alignas(64) uint8_t bytes[kInt8Group * kPanel];
+    alignas(64) uint8_t bytes[kInt8Group * kStrip * kStrips];
     alignas(64) int32_t sums[kTileMaxRows * kPanel];
     for (int g = 0, begin = 0; begin < p.depth; ++g, begin += p.a.group) {
       const int count = GroupDepth(p.depth, p.a.group, g);
-      const uint8_t* codes = p.b.codes + begin * bits / 32 * lanes;
+      const uint8_t* codes = p.b.codes + begin * bits / 32 * kLanes<kStrips>;
       if (bits == 4) {
-        UnpackNibbles(codes, count, p.b.strips, bytes);
+        UnpackNibbles(codes, count, kStrips, bytes);
         codes = bytes;
       }
       for (int first = row; first < end; first += tile_rows) {
         const int8_t* values = p.a.values + first * p.a.stride + begin;
-        Multiply(values, p.a.stride, codes, lanes, count, p.b.strips, sums);
-        ScaleTiles(p, g, begin, count, first, tile_rows, sums);
+        Multiply<kStrips>(values, p.a.stride, codes, count, sums);
+        ScaleTiles<kStrips>(p, g, begin, count, first, tile_rows, sums);
       }
     }
   }
 
   // The sums of one group.
-  static void Multiply(const int8_t* a, ptrdiff_t a_stride, const uint8_t* codes,
-                       ptrdiff_t lanes, int depth, int strips, int32_t* sums) {
-    switch (strips) {
-      case 1:
-        return MultiplyStrips<1>(a, a_stride, codes, lanes, depth, sums);
-      case 2:
-        return MultiplyStrips<2>(a, a_stride, codes, lanes, depth, sums);
-      case 3:
-        return MultiplyStrips<3>(a, a_stride, codes, lanes, depth, sums);
-      default:
-        return MultiplyStrips<4>(a, a_stride, codes, lanes, depth, sums);
-    }
-  }
-
   template <int kStrips>
-  static void MultiplyStrips(const int8_t* a, ptrdiff_t a_stride, const uint8_t* codes,
-                             ptrdiff_t lanes, int depth, int32_t* sums) {
+  [[gnu::noinline]] static void Multiply(const int8_t* a, ptrdiff_t a_stride,
+                                         const uint8_t* codes, int depth,
+                                         int32_t* sums) {
+    constexpr ptrdiff_t lanes = kLanes<kStrips>;
     Tiles::template Zero<0>();
     if constexpr (kStrips > 1) Tiles::template Zero<1>();
     if constexpr (kStrips > 2) Tiles::template Zero<2>();

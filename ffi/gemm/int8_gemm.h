@@ -2,8 +2,8 @@
 //
 // A tile of rows and strips goes through the depths of a group with its sums in
 // registers, starting from -zero * (sum of the row's codes), and is then scaled and
-// added to c in L1: with VNNI, 6 x 4 sums take 24 x 32 products for a group of 128, and
-// 24 conversions, multiplications and fused multiply-adds after them.
+// added to c in L1. With VNNI, 6 x 4 sums and a group of 128 are 768 products, and then
+// 24 conversions, multiplications and fused multiply-adds: 9 parts in 100.
 //
 // c[r][n] sees its groups in ascending order with one rounding each, whatever tile its
 // row falls into.
@@ -33,7 +33,7 @@ constexpr int kInt8TileRows =
 template <int kRows, int kStrips>
 using Int8Sums = IntVector::Int[kRows][kStrips * kIntVectorsPerStrip];
 
-// One product of an inner problem: the arguments of gemm_int8 that all steps need.
+// The arguments of gemm_int8 that all steps need.
 struct Int8Product {
   const FormatSpec& format;
   const Int8Rows& a;
@@ -191,11 +191,14 @@ void Int8Tile(const Int8Product& p, int row, int depth, bool accumulate,
   }
 }
 
+// Tiles that the registers do not hold are not compiled.
+template <int kRows, int kStrips>
+constexpr int kHeld = kRows <= kInt8TileRows<kStrips> ? kRows : 1;
+
 template <int kBits, int kStrips>
 void Int8Tiles(const Int8Product& p, int depth, int rows, bool accumulate,
                Prefetch* prefetch) {
   using TileFn = void (*)(const Int8Product&, int, int, bool, Prefetch*);
-  constexpr int kMost = kInt8TileRows<kStrips>;
   static constexpr TileFn kTiles[] = {
       Int8Tile<kBits, 1, kStrips>,
       Int8Tile<kBits, 2, kStrips>,
@@ -203,23 +206,14 @@ void Int8Tiles(const Int8Product& p, int depth, int rows, bool accumulate,
       Int8Tile<kBits, 4, kStrips>,
       Int8Tile<kBits, 5, kStrips>,
       Int8Tile<kBits, 6, kStrips>,
-      Int8Tile < kBits,
-      kMost < 7 ? 1 : 7,
-      kStrips >,
-      Int8Tile < kBits,
-      kMost < 8 ? 1 : 8,
-      kStrips >,
-      Int8Tile < kBits,
-      kMost < 9 ? 1 : 9,
-      kStrips >,
-      Int8Tile < kBits,
-      kMost < 10 ? 1 : 10,
-      kStrips >,
-      Int8Tile < kBits,
-      kMost < 11 ? 1 : 11,
-      kStrips >
-      , Int8Tile < kBits, kMost < 12 ? 1 : 12, kStrips >,
+      Int8Tile<kBits, kHeld<7, kStrips>, kStrips>,
+      Int8Tile<kBits, kHeld<8, kStrips>, kStrips>,
+      Int8Tile<kBits, kHeld<9, kStrips>, kStrips>,
+      Int8Tile<kBits, kHeld<10, kStrips>, kStrips>,
+      Int8Tile<kBits, kHeld<11, kStrips>, kStrips>,
+      Int8Tile<kBits, kHeld<12, kStrips>, kStrips>,
   };
+  constexpr int kMost = kInt8TileRows<kStrips>;
   // Equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
   int row = 0;
   for (int tiles = (rows + kMost - 1) / kMost; tiles > 0; --tiles) {

@@ -52,16 +52,10 @@ inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
         }
         const ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
         const float row_sum = static_cast<float>(a.sums[r * a.group_stride + g]);
-        if (b.zeros) {
-          U8x16 zeros;
-          std::memcpy(&zeros, b.zeros + place, sizeof zeros);
-          sum -= row_sum * __builtin_convertvector(zeros, F32x16);
-        } else {
-          sum -= row_sum * static_cast<float>(CodeOfZero(format));
-        }
-        F32x16 scales;
+        F32x16 scales, zeros;
         LoadScales(format, b, place, scales);
-        total += sum * (a.scales[r * a.group_stride + g] * scales);
+        LoadZeros(format, b, place, zeros);
+        total += (sum - row_sum * zeros) * (a.scales[r * a.group_stride + g] * scales);
       }
       Store(total, out);
     }

@@ -10,11 +10,11 @@
 #include "base/types.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/kernel.h"
+#include "gemm/pack_generic.h"
 
 namespace ktjax {
 namespace {
 
-typedef int8_t I8x16 __attribute__((vector_size(16)));
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
 
 constexpr float kLeastNormal = 0x1p-126f;
@@ -50,80 +50,65 @@ inline void LoadScales(const FormatSpec& format, const QuantPanel& b, ptrdiff_t 
   }
 }
 
-// `count` values as float32, then zeros.
-inline void LoadValues(const SplitRows& src, int row, int begin, int count,
-                       F32x16& values) {
-  const bf16* high = src.high + row * src.stride + begin;
-  bf16 lanes[kStrip] = {};
-  if (count < kStrip) {
-    std::memcpy(lanes, high, sizeof(bf16) * (count < 0 ? 0 : count));
-    high = lanes;
-  }
-  Load(high, values);
-  if (!src.low) return;
-  const bf16* low = src.high + row * src.stride + begin + src.low;
-  bf16 low_lanes[kStrip] = {};
-  if (count < kStrip) {
-    std::memcpy(low_lanes, low, sizeof(bf16) * (count < 0 ? 0 : count));
-    low = low_lanes;
-  }
-  F32x16 rest;
-  Load(low, rest);
-  values += rest;
+// The codes of value 0 of a strip.
+inline void LoadZeros(const FormatSpec& format, const QuantPanel& b, ptrdiff_t place,
+                      F32x16& zeros) {
+  zeros = F32x16{} + static_cast<float>(CodeOfZero(format));
+  if (!b.zeros) return;
+  U8x16 codes;
+  std::memcpy(&codes, b.zeros + place, sizeof codes);
+  zeros = __builtin_convertvector(__builtin_convertvector(codes, I32x16), F32x16);
 }
 
-// One group of one row: its codes, their sum and their scale.
-inline float QuantizeGroup(const SplitRows& src, int row, int begin, int count,
-                           int8_t* codes, int32_t* code_sum) {
-  const int vectors = static_cast<int>(RoundUp(count, kDepth)) / kStrip;
-  F32x16 values[kInt8Group / kStrip];
-  // Magnitudes compare as integers, and there NaN is above infinity.
-  I32x16 most = {};
-  for (int v = 0; v < vectors; ++v) {
-    LoadValues(src, row, begin + v * kStrip, count - v * kStrip, values[v]);
-    I32x16 bits;
-    std::memcpy(&bits, &values[v], sizeof bits);
-    bits &= 0x7fffffff;
-    most = bits > most ? bits : most;
+// One group of `count` values: its codes, their sum and their scale. Loops that the
+// compiler vectorises.
+inline float QuantizeGroup(const bf16* high, const bf16* low, int count, int8_t* codes,
+                           int32_t* code_sum) {
+  const int padded = static_cast<int>(RoundUp(count, kDepth));
+  float values[kInt8Group];
+  for (int i = 0; i < count; ++i) values[i] = ToFloat(high[i]);
+  if (low) {
+    for (int i = 0; i < count; ++i) values[i] += ToFloat(low[i]);
   }
+  for (int i = count; i < padded; ++i) values[i] = 0;
+  // Magnitudes compare as integers, and there NaN is above infinity.
   int32_t magnitude = 0;
-  for (int i = 0; i < kStrip; ++i)
-    magnitude = most[i] > magnitude ? most[i] : magnitude;
-  *code_sum = 0;
-  float scale;
-  std::memcpy(&scale, &magnitude, sizeof scale);
-  scale /= 127;
+  for (int i = 0; i < padded; ++i) {
+    const int32_t bits = __builtin_bit_cast(int32_t, values[i]) & 0x7fffffff;
+    magnitude = bits > magnitude ? bits : magnitude;
+  }
+  const float scale = __builtin_bit_cast(float, magnitude) / 127;
   const bool finite = magnitude < 0x7f800000;
   if (!finite || scale < kLeastNormal) {
-    std::memset(codes, 0, static_cast<size_t>(vectors) * kStrip);
+    std::memset(codes, 0, static_cast<size_t>(padded));
+    *code_sum = 0;
     return finite ? 0 : std::numeric_limits<float>::quiet_NaN();
   }
   // |v / scale| <= 127 (1 + 2^-22), so no code is beyond 127. Adding 1.5 * 2^23 rounds
   // to an integer, which is then in the low bits.
   constexpr float kMagic = 12582912.0f;
   constexpr int32_t kMagicBits = 0x4b400000;
-  I32x16 sum = {};
-  for (int v = 0; v < vectors; ++v) {
-    const F32x16 shifted = values[v] / scale + kMagic;
-    I32x16 code;
-    std::memcpy(&code, &shifted, sizeof code);
-    code -= kMagicBits;
+  int32_t sum = 0;
+  for (int i = 0; i < padded; ++i) {
+    const float shifted = values[i] / scale + kMagic;
+    const int32_t code = __builtin_bit_cast(int32_t, shifted) - kMagicBits;
+    codes[i] = static_cast<int8_t>(code);
     sum += code;
-    const I8x16 narrow = __builtin_convertvector(code, I8x16);
-    std::memcpy(codes + v * kStrip, &narrow, sizeof narrow);
   }
-  for (int i = 0; i < kStrip; ++i) *code_sum += sum[i];
+  *code_sum = sum;
   return scale;
 }
 
 inline void QuantizeRows(SplitRows src, int rows, int depth, const Int8Rows& dst) {
   for (int r = 0; r < rows; ++r) {
     const ptrdiff_t place = r * dst.group_stride;
+    const bf16* high = src.high + r * src.stride;
+    const bf16* low = src.low ? high + src.low : nullptr;
     for (int begin = 0, g = 0; begin < depth; begin += dst.group, ++g) {
       const int count = depth - begin < dst.group ? depth - begin : dst.group;
       dst.scales[place + g] =
-          QuantizeGroup(src, r, begin, count, dst.values + r * dst.stride + begin,
-                        &dst.sums[place + g]);
+          QuantizeGroup(high + begin, low ? low + begin : nullptr, count,
+                        dst.values + r * dst.stride + begin, &dst.sums[place + g]);
     }
   }
 }

@@ -1,6 +1,10 @@
 // Registers of 8-bit codes and their dot products with rows: VNNI where the file is
 // compiled for it, else products of 16-bit integers, in AVX-512 or AVX2. (VPMADDUBSW
 // would take 8-bit operands, but its sums saturate at 2^15.)
+//
+// The products are in assembly: with its own intrinsics gcc 12 keeps sums in memory, at
+// half the speed.
+//
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_INT8_VECTOR_H_
 #define KTJAX_FFI_GEMM_INT8_VECTOR_H_
@@ -90,9 +94,6 @@ struct IntVector {
 // and has no registers left for the others.
 inline void Pin(IntVector::Int& value) { asm volatile("" : "+v"(value) : : "memory"); }
 
-// The products are in assembly: gcc 12 spills the sums of its own intrinsics, at up to
-// half the speed.
-
 // The rows of a tile as the products want them: bytes, `stride` apart.
 struct RowOperands {
   const char* at;
@@ -123,8 +124,6 @@ struct Int8Dot {
     return IntVector::And(kPart ? IntVector::ShiftRight16<4>(lanes) : lanes, mask);
   }
 
-  // In assembly: gcc 12 keeps the sums of its own intrinsic in memory, at half the
-  // speed.
   static Int Add(Int sum, Int codes, Int values) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(values));
     return sum;

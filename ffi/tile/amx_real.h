@@ -50,9 +50,7 @@ struct RealTiles {
   // depths x 16 outputs, unsigned bytes.
   template <int kC, int kA, int kB>
   static void DotInt8() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0"
-                 :
-                 : "i"(kC), "i"(kA), "i"(kB));
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
 };
 

@@ -68,7 +68,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format("fp8_block", 8, "e4m3", "float32", group=BLOCK, block_outputs=BLOCK),
         Format("fp8_channel", 8, "e4m3", "float32"),
-        Format("rawint4", 4, "int4", "bfloat16", group=32),
+        Format("rawint4", 4, "int4", "bfloat16", group=32, int8_compute=True),
         Format("mxfp4", 4, "e2m1", "e8m0", group=32),
     )
 }

@@ -66,41 +66,54 @@ float LargestMagnitude(const float* row, int count) {
   return FloatOf(largest);
 }
 
-// The sum of the squared errors of `count` weights at one scale, codes within +-7: in
-// 16 partial sums, which are added in order. `count` is a multiple of 16.
-float SquaredError(const float* row, int count, float scale) {
-  const __m128 s = _mm_set1_ps(scale), rounder = _mm_set1_ps(kRounder);
+// How many scales are tried at a time: each has a lane of a register in the end.
+constexpr int kTries = 4;
+
+// The sums of the squared errors of `count` weights at each of four scales, with codes
+// within +-7. A sum is 16 partial sums, of every 16th weight, added in order. `count`
+// is a multiple of 16.
+void SquaredErrors(const float* row, int count, const float (&scales)[kTries],
+                   float (&sums)[kTries]) {
+  const __m128 rounder = _mm_set1_ps(kRounder);
   const __m128 low = _mm_set1_ps(-7), high = _mm_set1_ps(7);
-  __m128 sums[kLanes / 4] = {};
-  for (int d = 0; d < count; d += kLanes) {
-    for (int i = 0; i < kLanes / 4; ++i) {
-      const __m128 w = _mm_loadu_ps(row + d + 4 * i);
-      __m128 q = _mm_sub_ps(_mm_add_ps(_mm_div_ps(w, s), rounder), rounder);
-      q = _mm_min_ps(_mm_max_ps(q, low), high);
-      const __m128 error = _mm_sub_ps(w, _mm_mul_ps(q, s));
-      sums[i] = _mm_add_ps(sums[i], _mm_mul_ps(error, error));
+  __m128 total = _mm_setzero_ps();
+  for (int lane = 0; lane < kLanes; lane += 4) {
+    __m128 partial[kTries] = {};
+    for (int d = lane; d < count; d += kLanes) {
+      const __m128 w = _mm_loadu_ps(row + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTries; ++i) {
+        const __m128 s = _mm_set1_ps(scales[i]);
+        __m128 q = _mm_sub_ps(_mm_add_ps(_mm_div_ps(w, s), rounder), rounder);
+        q = _mm_min_ps(_mm_max_ps(q, low), high);
+        const __m128 error = _mm_sub_ps(w, _mm_mul_ps(q, s));
+        partial[i] = _mm_add_ps(partial[i], _mm_mul_ps(error, error));
+      }
     }
+    _MM_TRANSPOSE4_PS(partial[0], partial[1], partial[2], partial[3]);
+    for (const __m128& four : partial) total = _mm_add_ps(total, four);
   }
-  float lanes[kLanes];
-  std::memcpy(lanes, sums, sizeof lanes);
-  float sum = lanes[0];
-  for (int i = 1; i < kLanes; ++i) sum += lanes[i];
-  return sum;
+  _mm_storeu_ps(sums, total);
 }
 
 // The scale with the least squared error of 20 from amax / 7 down: smaller ones clip
 // the largest weights and resolve the others better. 0 when there is nothing to scale.
 float SearchScale(const float* row, int count) {
   constexpr int kCandidates = 20, kSteps = 32;
+  static_assert(kCandidates % kTries == 0);
   const float widest = LargestMagnitude(row, count) / 7;
-  float best = 0, least = std::numeric_limits<float>::infinity();
-  for (int i = 0; i < kCandidates; ++i) {
-    const float scale = FlushSmall(widest * (static_cast<float>(kSteps - i) / kSteps));
-    if (scale == 0) break;  // and so are those that follow
-    const float error = SquaredError(row, count, scale);
-    if (i == 0 || error < least) {
-      least = error;
-      best = scale;
+  float best = FlushSmall(widest), least = std::numeric_limits<float>::infinity();
+  if (best == 0) return 0;
+  for (int first = 0; first < kCandidates; first += kTries) {
+    float scales[kTries], errors[kTries];
+    for (int i = 0; i < kTries; ++i) {
+      scales[i] = widest * (static_cast<float>(kSteps - first - i) / kSteps);
+    }
+    SquaredErrors(row, count, scales, errors);
+    for (int i = 0; i < kTries; ++i) {
+      if (!(errors[i] < least)) continue;
+      least = errors[i];
+      best = scales[i];
     }
   }
   return best;

@@ -15,25 +15,23 @@
 namespace ktjax {
 namespace {
 
-constexpr float kLeastNormal = 0x1p-126f;
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr int kLanes = 16;  // partial sums of errors; rows are padded to these
 
-// Denormals as IEEE has them while it lives: worker threads flush them, and quotients
-// and errors would depend on it. Part of every x86-64.
-class IeeeArithmetic {
+// Flushes denormal operands and results while it lives, as worker threads do anyway: so
+// every number below 2^-126 is zero, scales, quotients and errors too, in any thread.
+// Part of every x86-64.
+class FlushedArithmetic {
  public:
-  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~kFlushes); }
-  ~IeeeArithmetic() { _mm_setcsr(saved_); }
-  IeeeArithmetic(const IeeeArithmetic&) = delete;
-  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+  FlushedArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushes); }
+  ~FlushedArithmetic() { _mm_setcsr(saved_); }
+  FlushedArithmetic(const FlushedArithmetic&) = delete;
+  FlushedArithmetic& operator=(const FlushedArithmetic&) = delete;
 
  private:
   static constexpr unsigned kFlushes = 0x8040;  // FTZ, DAZ
   const unsigned saved_;
 };
-
-float FlushSmall(float scale) { return scale < kLeastNormal ? 0.0f : scale; }
 
 // Round to nearest even, for |x| < 2^22.
 constexpr float kRounder = 0x1.8p23f;
@@ -45,14 +43,14 @@ int RoundToCode(float x, float low, float high) {
 uint32_t Bits(float weight) { return BitsOf(weight); }
 uint32_t Bits(bf16 weight) { return static_cast<uint32_t>(weight) << 16; }
 
-// Reads `count` weights as float32, small ones as 0. Returns the bits of the largest
-// magnitude: of an infinity or more when there is one or a NaN.
+// Reads `count` weights as float32, small ones as 0 of their sign. Returns the bits of
+// the largest magnitude: of an infinity or more when there is one or a NaN.
 template <typename T>
 uint32_t LoadRow(const T* src, int count, float* dst) {
   uint32_t largest = 0;
   for (int d = 0; d < count; ++d) {
     const uint32_t bits = Bits(src[d]), magnitude = bits & kMagnitude;
-    const uint32_t kept = magnitude < 0x00800000u ? 0 : bits;
+    const uint32_t kept = magnitude < 0x00800000u ? bits & ~kMagnitude : bits;
     largest = std::max(largest, magnitude);
     std::memcpy(dst + d, &kept, sizeof kept);
   }
@@ -102,7 +100,7 @@ float SearchScale(const float* row, int count) {
   constexpr int kCandidates = 20, kSteps = 32;
   static_assert(kCandidates % kTries == 0);
   const float widest = LargestMagnitude(row, count) / 7;
-  float best = FlushSmall(widest), least = std::numeric_limits<float>::infinity();
+  float best = widest, least = std::numeric_limits<float>::infinity();
   if (best == 0) return 0;
   for (int first = 0; first < kCandidates; first += kTries) {
     float scales[kTries], errors[kTries];
@@ -148,7 +146,7 @@ struct Group {
 };
 
 Group EncodeInt8(const float* row, int count, int* codes) {
-  const float scale = FlushSmall(LargestMagnitude(row, count) / 127);
+  const float scale = LargestMagnitude(row, count) / 127;
   for (int d = 0; d < count; ++d) {
     codes[d] = scale == 0 ? 0 : RoundToCode(row[d] / scale, -127, 127);
   }
@@ -169,7 +167,7 @@ Group EncodeZeroPoint(const float* row, int count, int* codes) {
     low = std::min(low, row[d]);
     high = std::max(high, row[d]);
   }
-  const float scale = FlushSmall((high - low) / 15);
+  const float scale = (high - low) / 15;
   if (scale == 0 || !std::isfinite(scale)) {
     std::fill(codes, codes + count, 0);
     return {scale};
@@ -211,14 +209,16 @@ void StoreScale(ScaleType type, float scale, uint8_t* scales, int64_t i) {
   }
 }
 
-// Codes to bytes: 8 bits as they are, 4 bits two a byte.
+// Codes to bytes: 8 bits as they are, 4 bits two a byte. Only symmetric codes come in
+// odd numbers.
 void StoreCodes(Code code, const int* codes, int count, int first, uint8_t* row) {
   if (code == Code::kInt8 || code == Code::kE4M3) {
     for (int d = 0; d < count; ++d) row[first + d] = static_cast<uint8_t>(codes[d]);
     return;
   }
+  constexpr int kPadding = 8;  // of value 0
   for (int d = 0; d < count; d += 2) {
-    const int high = d + 1 < count ? codes[d + 1] : 0;
+    const int high = d + 1 < count ? codes[d + 1] : kPadding;
     row[(first + d) / 2] = static_cast<uint8_t>(codes[d] | high << 4);
   }
 }
@@ -262,7 +262,7 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
               block_scales[c], LargestMagnitude(row.data() + c * group, count_of(c)));
         }
       }
-      for (float& scale : block_scales) scale = FlushSmall(scale / 448);
+      for (float& scale : block_scales) scale /= 448;
     }
     load(output);
     for (int64_t c = 0; c < columns; ++c) {
@@ -290,7 +290,7 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
           break;
         case Format::kRawInt4: {
           const float exact = LargestMagnitude(src, count) / 7;
-          const float scale = FlushSmall(FromBf16(RoundToBf16(exact)));
+          const float scale = FromBf16(RoundToBf16(exact));
           result = EncodeInt4(src, count, scale, -8, codes.data());
           break;
         }
@@ -311,14 +311,14 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
 void EncodedMatrix::Encode(const Encoding& encoding, const float* weights, int outputs,
                            int depth, std::string_view matrix, int expert) {
   Resize(encoding, outputs, depth, matrix);
-  const IeeeArithmetic ieee;
+  const FlushedArithmetic flushed;
   EncodeRows(encoding, weights, matrix, expert);
 }
 
 void EncodedMatrix::Encode(const Encoding& encoding, const bf16* weights, int outputs,
                            int depth, std::string_view matrix, int expert) {
   Resize(encoding, outputs, depth, matrix);
-  const IeeeArithmetic ieee;
+  const FlushedArithmetic flushed;
   EncodeRows(encoding, weights, matrix, expert);
 }
 

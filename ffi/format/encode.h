@@ -16,9 +16,10 @@ namespace ktjax {
 class EncodedMatrix {
  public:
   // Quantises row-major `weights` [outputs, depth]. Numbers below 2^-126 in magnitude
-  // count as 0 at every step, whatever the thread flushes, and the codecs of ktjax/quant
-  // give the same bits. Throws std::invalid_argument, naming `matrix`, `expert` and the
-  // row, for weights that are NaN or infinite or too large for a finite scale.
+  // count as 0 at every step, whatever the thread flushes, and the codecs of
+  // ktjax/quant give the same bits. Throws std::invalid_argument, naming `matrix`,
+  // `expert` and the row, for weights that are NaN or infinite or too large for a
+  // finite scale.
   void Encode(const Encoding& encoding, const float* weights, int outputs, int depth,
               std::string_view matrix, int expert);
   void Encode(const Encoding& encoding, const bf16* weights, int outputs, int depth,

@@ -15,25 +15,23 @@
 namespace ktjax {
 namespace {
 
-constexpr float kLeastNormal = 0x1p-126f;
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr int kLanes = 16;  // partial sums of errors; rows are padded to these
 
-// Denormals as IEEE has them while it lives: worker threads flush them, and quotients
-// and errors would depend on it. Part of every x86-64.
-class IeeeArithmetic {
+// Flushes denormal operands and results while it lives, as worker threads do anyway: so
+// every number below 2^-126 is zero, scales, quotients and errors too, in any thread.
+// Part of every x86-64.
+class FlushedArithmetic {
  public:
-  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~kFlushes); }
-  ~IeeeArithmetic() { _mm_setcsr(saved_); }
-  IeeeArithmetic(const IeeeArithmetic&) = delete;
-  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+  FlushedArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushes); }
+  ~FlushedArithmetic() { _mm_setcsr(saved_); }
+  FlushedArithmetic(const FlushedArithmetic&) = delete;
+  FlushedArithmetic& operator=(const FlushedArithmetic&) = delete;
 
  private:
   static constexpr unsigned kFlushes = 0x8040;  // FTZ, DAZ
   const unsigned saved_;
 };
-
-float FlushSmall(float scale) { return scale < kLeastNormal ? 0.0f : scale; }
 
 // Round to nearest even, for |x| < 2^22.
 constexpr float kRounder = 0x1.8p23f;
@@ -45,14 +43,14 @@ int RoundToCode(float x, float low, float high) {
 uint32_t Bits(float weight) { return BitsOf(weight); }
 uint32_t Bits(bf16 weight) { return static_cast<uint32_t>(weight) << 16; }
 
-// Reads `count` weights as float32, small ones as 0. Returns the bits of the largest
-// magnitude: of an infinity or more when there is one or a NaN.
+// Reads `count` weights as float32, small ones as 0 of their sign. Returns the bits of
+// the largest magnitude: of an infinity or more when there is one or a NaN.
 template <typename T>
 uint32_t LoadRow(const T* src, int count, float* dst) {
   uint32_t largest = 0;
   for (int d = 0; d < count; ++d) {
     const uint32_t bits = Bits(src[d]), magnitude = bits & kMagnitude;
-    const uint32_t kept = magnitude < 0x00800000u ? 0 : bits;
+    const uint32_t kept = magnitude < 0x00800000u ? bits & ~kMagnitude : bits;
     largest = std::max(largest, magnitude);
     std::memcpy(dst + d, &kept, sizeof kept);
   }
@@ -66,41 +64,54 @@ float LargestMagnitude(const float* row, int count) {
   return FloatOf(largest);
 }
 
-// The sum of the squared errors of `count` weights at one scale, codes within +-7: in
-// 16 partial sums, which are added in order. `count` is a multiple of 16.
-float SquaredError(const float* row, int count, float scale) {
-  const __m128 s = _mm_set1_ps(scale), rounder = _mm_set1_ps(kRounder);
+// How many scales are tried at a time: each has a lane of a register in the end.
+constexpr int kTries = 4;
+
+// The sums of the squared errors of `count` weights at each of four scales, with codes
+// within +-7. A sum is 16 partial sums, of every 16th weight, added in order. `count`
+// is a multiple of 16.
+void SquaredErrors(const float* row, int count, const float (&scales)[kTries],
+                   float (&sums)[kTries]) {
+  const __m128 rounder = _mm_set1_ps(kRounder);
   const __m128 low = _mm_set1_ps(-7), high = _mm_set1_ps(7);
-  __m128 sums[kLanes / 4] = {};
-  for (int d = 0; d < count; d += kLanes) {
-    for (int i = 0; i < kLanes / 4; ++i) {
-      const __m128 w = _mm_loadu_ps(row + d + 4 * i);
-      __m128 q = _mm_sub_ps(_mm_add_ps(_mm_div_ps(w, s), rounder), rounder);
-      q = _mm_min_ps(_mm_max_ps(q, low), high);
-      const __m128 error = _mm_sub_ps(w, _mm_mul_ps(q, s));
-      sums[i] = _mm_add_ps(sums[i], _mm_mul_ps(error, error));
+  __m128 total = _mm_setzero_ps();
+  for (int lane = 0; lane < kLanes; lane += 4) {
+    __m128 partial[kTries] = {};
+    for (int d = lane; d < count; d += kLanes) {
+      const __m128 w = _mm_loadu_ps(row + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTries; ++i) {
+        const __m128 s = _mm_set1_ps(scales[i]);
+        __m128 q = _mm_sub_ps(_mm_add_ps(_mm_div_ps(w, s), rounder), rounder);
+        q = _mm_min_ps(_mm_max_ps(q, low), high);
+        const __m128 error = _mm_sub_ps(w, _mm_mul_ps(q, s));
+        partial[i] = _mm_add_ps(partial[i], _mm_mul_ps(error, error));
+      }
     }
+    _MM_TRANSPOSE4_PS(partial[0], partial[1], partial[2], partial[3]);
+    for (const __m128& four : partial) total = _mm_add_ps(total, four);
   }
-  float lanes[kLanes];
-  std::memcpy(lanes, sums, sizeof lanes);
-  float sum = lanes[0];
-  for (int i = 1; i < kLanes; ++i) sum += lanes[i];
-  return sum;
+  _mm_storeu_ps(sums, total);
 }
 
 // The scale with the least squared error of 20 from amax / 7 down: smaller ones clip
 // the largest weights and resolve the others better. 0 when there is nothing to scale.
 float SearchScale(const float* row, int count) {
   constexpr int kCandidates = 20, kSteps = 32;
+  static_assert(kCandidates % kTries == 0);
   const float widest = LargestMagnitude(row, count) / 7;
-  float best = 0, least = std::numeric_limits<float>::infinity();
-  for (int i = 0; i < kCandidates; ++i) {
-    const float scale = FlushSmall(widest * (static_cast<float>(kSteps - i) / kSteps));
-    if (scale == 0) break;  // and so are those that follow
-    const float error = SquaredError(row, count, scale);
-    if (i == 0 || error < least) {
-      least = error;
-      best = scale;
+  float best = widest, least = std::numeric_limits<float>::infinity();
+  if (best == 0) return 0;
+  for (int first = 0; first < kCandidates; first += kTries) {
+    float scales[kTries], errors[kTries];
+    for (int i = 0; i < kTries; ++i) {
+      scales[i] = widest * (static_cast<float>(kSteps - first - i) / kSteps);
+    }
+    SquaredErrors(row, count, scales, errors);
+    for (int i = 0; i < kTries; ++i) {
+      if (!(errors[i] < least)) continue;
+      least = errors[i];
+      best = scales[i];
     }
   }
   return best;
@@ -135,7 +146,7 @@ struct Group {
 };
 
 Group EncodeInt8(const float* row, int count, int* codes) {
-  const float scale = FlushSmall(LargestMagnitude(row, count) / 127);
+  const float scale = LargestMagnitude(row, count) / 127;
   for (int d = 0; d < count; ++d) {
     codes[d] = scale == 0 ? 0 : RoundToCode(row[d] / scale, -127, 127);
   }
@@ -156,7 +167,7 @@ Group EncodeZeroPoint(const float* row, int count, int* codes) {
     low = std::min(low, row[d]);
     high = std::max(high, row[d]);
   }
-  const float scale = FlushSmall((high - low) / 15);
+  const float scale = (high - low) / 15;
   if (scale == 0 || !std::isfinite(scale)) {
     std::fill(codes, codes + count, 0);
     return {scale};
@@ -198,14 +209,16 @@ void StoreScale(ScaleType type, float scale, uint8_t* scales, int64_t i) {
   }
 }
 
-// Codes to bytes: 8 bits as they are, 4 bits two a byte.
+// Codes to bytes: 8 bits as they are, 4 bits two a byte. Only symmetric codes come in
+// odd numbers.
 void StoreCodes(Code code, const int* codes, int count, int first, uint8_t* row) {
   if (code == Code::kInt8 || code == Code::kE4M3) {
     for (int d = 0; d < count; ++d) row[first + d] = static_cast<uint8_t>(codes[d]);
     return;
   }
+  constexpr int kPadding = 8;  // of value 0
   for (int d = 0; d < count; d += 2) {
-    const int high = d + 1 < count ? codes[d + 1] : 0;
+    const int high = d + 1 < count ? codes[d + 1] : kPadding;
     row[(first + d) / 2] = static_cast<uint8_t>(codes[d] | high << 4);
   }
 }
@@ -249,7 +262,7 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
               block_scales[c], LargestMagnitude(row.data() + c * group, count_of(c)));
         }
       }
-      for (float& scale : block_scales) scale = FlushSmall(scale / 448);
+      for (float& scale : block_scales) scale /= 448;
     }
     load(output);
     for (int64_t c = 0; c < columns; ++c) {
@@ -277,7 +290,7 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
           break;
         case Format::kRawInt4: {
           const float exact = LargestMagnitude(src, count) / 7;
-          const float scale = FlushSmall(FromBf16(RoundToBf16(exact)));
+          const float scale = FromBf16(RoundToBf16(exact));
           result = EncodeInt4(src, count, scale, -8, codes.data());
           break;
         }
@@ -298,14 +311,14 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
 void EncodedMatrix::Encode(const Encoding& encoding, const float* weights, int outputs,
                            int depth, std::string_view matrix, int expert) {
   Resize(encoding, outputs, depth, matrix);
-  const IeeeArithmetic ieee;
+  const FlushedArithmetic flushed;
   EncodeRows(encoding, weights, matrix, expert);
 }
 
 void EncodedMatrix::Encode(const Encoding& encoding, const bf16* weights, int outputs,
                            int depth, std::string_view matrix, int expert) {
   Resize(encoding, outputs, depth, matrix);
-  const IeeeArithmetic ieee;
+  const FlushedArithmetic flushed;
   EncodeRows(encoding, weights, matrix, expert);
 }
 

@@ -15,11 +15,11 @@ namespace ktjax {
 // A quantised matrix and its memory, which is kept from one Encode to the next.
 class EncodedMatrix {
  public:
-  // Quantises row-major `weights` [outputs, depth]. What is below 2^-126 in magnitude
-  // counts as 0; the arithmetic is IEEE float32 whatever the thread flushes, and the
-  // codecs of ktjax/quant give the same bits. Throws std::invalid_argument, naming
-  // `matrix`, `expert` and the row, for weights that are NaN or infinite or too large
-  // for a finite scale.
+  // Quantises row-major `weights` [outputs, depth]. Numbers below 2^-126 in magnitude
+  // count as 0 at every step, whatever the thread flushes, and the codecs of
+  // ktjax/quant give the same bits. Throws std::invalid_argument, naming `matrix`,
+  // `expert` and the row, for weights that are NaN or infinite or too large for a
+  // finite scale.
   void Encode(const Encoding& encoding, const float* weights, int outputs, int depth,
               std::string_view matrix, int expert);
   void Encode(const Encoding& encoding, const bf16* weights, int outputs, int depth,

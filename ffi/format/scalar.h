@@ -4,37 +4,26 @@
 #ifndef KTJAX_FFI_FORMAT_SCALAR_H_
 #define KTJAX_FFI_FORMAT_SCALAR_H_
 
-#include <cstring>
-
 #include "base/types.h"
 #include "format/format.h"
 
 namespace ktjax {
 namespace {
 
-inline uint32_t BitsOf(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-inline float FloatOf(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+constexpr uint32_t BitsOf(float value) { return __builtin_bit_cast(uint32_t, value); }
+constexpr float FloatOf(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-constexpr int kE2M1Codes = 16;
 // Twice the value of an E2M1 code, without its sign.
-constexpr int8_t kTwiceE2M1[kE2M1Codes / 2] = {0, 1, 2, 3, 4, 6, 8, 12};
+constexpr int8_t kTwiceE2M1[8] = {0, 1, 2, 3, 4, 6, 8, 12};
 
-inline float E2M1Value(int code) {
+constexpr float E2M1Value(int code) {
   const float magnitude = 0.5f * static_cast<float>(kTwiceE2M1[code & 7]);
   return code > 8 ? -magnitude : magnitude;
 }
 
 // 4 exponent bits with bias 7, 3 mantissa bits. 0x7f and 0xff are NaN, and refused
 // where codes come in.
-inline float E4M3Value(int code) {
+constexpr float E4M3Value(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const float magnitude =
       exponent == 0

@@ -67,9 +67,11 @@ struct Avx2Decoder {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), pairs);
   }
 
-  // Rounded to nearest even in the upper halves of the lanes. For finite numbers.
+  // Rounded to nearest even in the upper halves of the lanes. For finite numbers. E2M1
+  // times a power of two needs no rounding.
   static __m256i RoundUpper(__m256 value) {
     const __m256i bits = _mm256_castps_si256(value);
+    if constexpr (L::kCode == Code::kE2M1) return bits;
     const __m256i odd =
         _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);

@@ -185,8 +185,10 @@ struct Avx512Decoder {
     }
   }
 
-  // (code - zero) * scale for the code at bit kBit: both factors are exact, as
-  // (2^23 + 2^kBit code) - (2^23 + 2^kBit zero) and 2^-kBit scale.
+  // (code - zero) * scale for the code at bit kBit. Both factors are exact, as
+  // (2^23 + 2^kBit code) - (2^23 + 2^kBit zero) and 2^-kBit scale. So is the subtrahend
+  // times the scale where this is a bfloat16: (2^(20 - kBit) + 1) * 8 has 21 - kBit
+  // significant bits, the scale has 8, and from kBit = 5 on float32 has room for both.
   template <int kBit>
   static __m512 Product(const Row& row, __m512i lane) {
     constexpr int kMask = ((1 << L::kCodeBits) - 1) << kBit;
@@ -202,6 +204,9 @@ struct Avx512Decoder {
       zero = _mm512_set1_ps(0x1p23f + (ImpliedZero(L::kCode) << kBit));
     }
     const __m512 scale = _mm512_mul_ps(row.scale, _mm512_set1_ps(1.0f / (1 << kBit)));
+    if constexpr (L::kScale == ScaleType::kBf16 && kBit >= 5) {
+      return _mm512_fmsub_ps(number, scale, _mm512_mul_ps(zero, scale));
+    }
     return _mm512_mul_ps(_mm512_sub_ps(number, zero), scale);
   }
 

@@ -10,6 +10,18 @@
 namespace ktjax {
 namespace {
 
+// The values of all codes that are not integers.
+struct CodeTable {
+  float e4m3[256];
+  float e2m1[16];
+};
+constexpr CodeTable kCodeTable = [] {
+  CodeTable table{};
+  for (int code = 0; code < 256; ++code) table.e4m3[code] = E4M3Value(code);
+  for (int code = 0; code < 16; ++code) table.e2m1[code] = E2M1Value(code);
+  return table;
+}();
+
 template <typename L>
 struct GenericDecoder {
   struct Row {
@@ -52,8 +64,15 @@ struct GenericDecoder {
  private:
   // The value, rounded to nearest even in the upper half.
   static uint32_t Round(const Row& row, int n, uint32_t code) {
-    float value =
-        CodeValue<L::kCode>(static_cast<int>(code), row.zero[n]) * row.scale[n];
+    float value;
+    if constexpr (L::kCode == Code::kE4M3) {
+      value = kCodeTable.e4m3[code];
+    } else if constexpr (L::kCode == Code::kE2M1) {
+      value = kCodeTable.e2m1[code];
+    } else {
+      value = static_cast<float>(static_cast<int>(code) - row.zero[n]);
+    }
+    value *= row.scale[n];
     if constexpr (L::kCode == Code::kE2M1) value += 0.0f;  // -0 becomes 0
     const uint32_t bits = BitsOf(value);
     return bits + 0x7fff + (bits >> 16 & 1);

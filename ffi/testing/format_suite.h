@@ -193,6 +193,7 @@ class FormatSuite {
         {120, std::min(width, 19), 256, 32},
         {5, 0, 0, depth},
     };
+    if (small_) places.resize(2);
     for (const Place& place : places) TestPanel(encoding, source, place, strips);
   }
 

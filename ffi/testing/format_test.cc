@@ -285,6 +285,27 @@ void TestFlushing() {
   }
 }
 
+// What has no influence on values, but is part of the bits: zeros keep their sign, and
+// the half of a byte past an odd depth is a code of value 0.
+void TestZeros() {
+  EncodedMatrix encoded;
+  std::vector<float> weights(128, -0.0f);
+  weights[0] = 1;
+  weights[2] = -0x1p-127f;
+  weights[4] = 0;
+  encoded.Encode(MakeEncoding("fp8_channel", 0, false), weights.data(), 1, 128, "up",
+                 0);
+  const uint8_t* codes = encoded.plain().codes;
+  KTJAX_CHECK(codes[1] == 0x80 && codes[2] == 0x80 && codes[4] == 0, "%x %x %x",
+              codes[1], codes[2], codes[4]);
+  encoded.Encode(MakeEncoding("mxfp4", 0, false), weights.data(), 1, 128, "up", 0);
+  codes = encoded.plain().codes;
+  KTJAX_CHECK(codes[0] == 0x86 && codes[1] == 0x88 && codes[2] == 0x80, "%x %x %x",
+              codes[0], codes[1], codes[2]);
+  encoded.Encode(MakeEncoding("int4", 0, false), weights.data(), 1, 5, "up", 0);
+  KTJAX_CHECK(encoded.plain().codes[2] == 0x88, "%x", encoded.plain().codes[2]);
+}
+
 void TestRefusals() {
   const int outputs = 3, depth = 128;
   for (const Encoding& encoding : AllEncodings()) {
@@ -344,6 +365,7 @@ int Main() {
   TestEncodings();
   TestSearch();
   TestFlushing();
+  TestZeros();
   TestRefusals();
   for (const Isa isa : SupportedIsas()) {
     const Kernels& kernels = KernelsOf(isa);

@@ -72,8 +72,9 @@ nb::tuple ToTuple(Handle handle) { return nb::make_tuple(handle.epoch, handle.in
 SourceMatrix Source(const std::vector<Array>& arrays) {
   const Array& values = arrays.at(0);
   if (arrays.size() > 1) {
-    return {SourceMatrix::Type::kPlain, values.data(), arrays[1].data(),
-            arrays.size() > 2 ? static_cast<const uint8_t*>(arrays[2].data()) : nullptr};
+    return {
+        SourceMatrix::Type::kPlain, values.data(), arrays[1].data(),
+        arrays.size() > 2 ? static_cast<const uint8_t*>(arrays[2].data()) : nullptr};
   }
   return {Const(values).is_float32 ? SourceMatrix::Type::kFloat32
                                    : SourceMatrix::Type::kBf16,

@@ -41,14 +41,11 @@ inline __m512i Load(const WordTable& table) { return _mm512_load_si512(table.wor
 inline __m512i PairLanes(__m512 even, __m512 odd) {
   static constexpr WordTable kInterleave =
       MakeWords([](int i) { return i / 2 + 16 * (i % 2); });
-  return _mm512_permutexvar_epi16(Load(kInterleave),
-                                  (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_permutexvar_epi16(Load(kInterleave), RoundTwo(even, odd));
 }
 
 // The bfloat16 of `low`, then those of `high`.
-inline __m512i JoinHalves(__m512 low, __m512 high) {
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
+inline __m512i JoinHalves(__m512 low, __m512 high) { return RoundTwo(low, high); }
 
 #else
 

@@ -7,6 +7,7 @@
 
 #include "base/types.h"
 #include "gemm/kernel.h"
+#include "gemm/round_avx512.h"
 
 namespace ktjax {
 namespace {
@@ -52,9 +53,8 @@ inline __m512i LoadRow32(const float* src, int count) {
 #ifdef __AVX512BF16__
   // Five times faster; it takes denormals for zero, as the products do.
   if constexpr (kPart == Part::kHigh) {
-    return (__m512i)_mm512_cvtne2ps_pbh(
-        _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16),
-        _mm512_maskz_loadu_ps(Lanes16(count), src));
+    return RoundTwo(_mm512_maskz_loadu_ps(Lanes16(count), src),
+                    _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
   }
 #endif
   const __m512i low = PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));

@@ -224,8 +224,8 @@ ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w
 ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                            ffi::AnyBuffer handle, ffi::AnyBuffer grad_y,
                            ffi::RemainingArgs rest, ffi::RemainingRets rets,
-                           float scaling, bool has_lora, bool int8, bool kept, bool need_x,
-                           bool need_w, bool need_lora) {
+                           float scaling, bool has_lora, bool int8, bool kept,
+                           bool need_x, bool need_w, bool need_lora) {
   const Checker check("ktjax.moe gradient");
   return Guard(check, [&] {
     const Call call =

@@ -169,17 +169,16 @@ class BackwardPass : LoRAGradPass {
       Terms terms;
       if (!contract) {
         if (column + 2 * kPanel <= end) {
-          prefetch = FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
-                                (column + kPanel) / 2, kPanel / 2,
-                                geometry_.hidden_padded() / kPanel,
-                                store_.DownStride(s));
+          prefetch =
+              FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
+                         (column + kPanel) / 2, kPanel / 2,
+                         geometry_.hidden_padded() / kPanel, store_.DownStride(s));
         }
         const bool few_rows = block.count <= kFewRows;
         TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
                       scratch);
         if (few_rows) prefetch = {};
-        terms.Add(scratch.rows, OnePart(scratch.panel.high),
-                  geometry_.hidden_padded());
+        terms.Add(scratch.rows, OnePart(scratch.panel.high), geometry_.hidden_padded());
       }
       if (rank()) {
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
@@ -331,7 +330,8 @@ class BackwardPass : LoRAGradPass {
         FetchQuarter(next, panel, strip);
         kernels_.transpose(
             src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
-            scratch.panel.high + (panel * kPanel + strip * kStrip) / 2 * stride, stride);
+            scratch.panel.high + (panel * kPanel + strip * kStrip) / 2 * stride,
+            stride);
       }
     }
   }
@@ -402,8 +402,7 @@ class BackwardPass : LoRAGradPass {
           if (few_rows) prefetch = {};
           terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
                     OnePart(scratch.panel.high), width);
-          terms.Add(HiddenRows(d_up_, s, group, rows.begin), OnePart(up_panel),
-                    width);
+          terms.Add(HiddenRows(d_up_, s, group, rows.begin), OnePart(up_panel), width);
         }
         if (lora) {
           const LoRAArray as[] = {kGateA, kUpA};
@@ -438,19 +437,21 @@ class BackwardPass : LoRAGradPass {
     }
   }
 
-  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs: gate's
-  // to scratch.panel, up's to `up`.
+  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs:
+  // gate's to scratch.panel, up's to `up`.
   void TransposeGateUp(int s, int expert, int panel, int strips, const Prefetch& next,
                        const Scratch& scratch, bf16* up) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
     for (int source = 0; source < shard(s).width / kDepth; ++source) {
-      const bf16* src = Pairs(store_.GateUp(s, expert, source), kPanelStrips,
-                              panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr);
+      const bf16* src =
+          Pairs(store_.GateUp(s, expert, source), kPanelStrips, panel * kPanel / 2,
+                strips * kStrip / 2, scratch, nullptr);
       for (int half = 0; half < 2; ++half) {
         const int64_t at = (source * kDepth + half * kStrip) / 2 * stride;
         const bf16* pair = src + 4 * kStrip * half;
         FetchQuarter(next, source, 2 * half);
-        kernels_.transpose(pair, 2 * kPanel, strips / 2, scratch.panel.high + at, stride);
+        kernels_.transpose(pair, 2 * kPanel, strips / 2, scratch.panel.high + at,
+                           stride);
         FetchQuarter(next, source, 2 * half + 1);
         kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
       }

@@ -95,8 +95,7 @@ class ForwardPass : Pass {
       if (rows.count == 0) continue;
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
-        const Int8Rows codes =
-            int8() ? HiddenCodes(s, group, rows.begin) : Int8Rows{};
+        const Int8Rows codes = int8() ? HiddenCodes(s, group, rows.begin) : Int8Rows{};
         BaseProduct product{HiddenRows(hidden_, s, group, rows.begin),
                             int8() ? &codes : nullptr,
                             store_.Down(s, expert, panel),
@@ -123,14 +122,13 @@ class ForwardPass : Pass {
           FetchSum(s, rows.begin + row, panel, strips);
           if (lora) FetchSpread(low_rank_, group, rows.begin + row, 2);
         };
-        MultiplyBase(product, rows.count, scratch, prefetch, touch,
-                 [&](int first, int count) {
-                   const int row = rows.begin + first;
-                   const auto [sums, stride] = sum_.At(s, panel);
-                   epilogues_.scatter_add(scratch.tile, count, strips,
-                                          &routing_.tokens[row], &routing_.weights[row],
-                                          sums, stride);
-                 });
+        MultiplyBase(
+            product, rows.count, scratch, prefetch, touch, [&](int first, int count) {
+              const int row = rows.begin + first;
+              const auto [sums, stride] = sum_.At(s, panel);
+              epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
+                                     &routing_.weights[row], sums, stride);
+            });
       }
     }
   }

@@ -233,8 +233,8 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
     GatherRows(inputs_.x, tasks[i].rows, scratch);
     if (int8()) {
-      kernels_.quantize_rows(scratch.rows, tasks[i].rows.count, geometry_.hidden_padded(),
-                             scratch.codes);
+      kernels_.quantize_rows(scratch.rows, tasks[i].rows.count,
+                             geometry_.hidden_padded(), scratch.codes);
     }
     if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
     GateUp(s, group, tasks[i], out, scratch);
@@ -292,8 +292,8 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
         Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
                                       std::min(kDepth, Slice(s) - column), 0, rank(), 2,
                                       lora_panel, 4 * kStrip);
-        product.lora.Add(SpreadRows(out.low_rank, group, block.begin, which), lora_panel,
-                  LowRankDepth(), which, 2);
+        product.lora.Add(SpreadRows(out.low_rank, group, block.begin, which),
+                         lora_panel, LowRankDepth(), which, 2);
       }
     }
     Prefetch prefetch;
@@ -308,14 +308,14 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       FetchSpread(out.low_rank, group, block.begin + row, 1);
     };
     MultiplyBase(product, block.count, scratch, prefetch, touch,
-             [&](int first, int count) {
-               const int row = block.begin + first, kept = shard(s).begin + column;
-               epilogues_.swiglu(scratch.tile, count, kPanelStrips,
-                                 HiddenRows(hidden_, s, group, row, column),
-                                 KeptIndex(out, row),
-                                 KeptRows(out, out.gate, group, row, kept),
-                                 KeptRows(out, out.up, group, row, kept));
-             });
+                 [&](int first, int count) {
+                   const int row = block.begin + first, kept = shard(s).begin + column;
+                   epilogues_.swiglu(scratch.tile, count, kPanelStrips,
+                                     HiddenRows(hidden_, s, group, row, column),
+                                     KeptIndex(out, row),
+                                     KeptRows(out, out.gate, group, row, kept),
+                                     KeptRows(out, out.up, group, row, kept));
+                 });
   }
 }
 

@@ -103,7 +103,8 @@ enum class Contraction { kAlongRows, kDownColumns };
 // 128 KiB then and stays in L2.
 inline constexpr int kMaxGradDepth = 1024;
 
-// Depth pairs that are decoded at a time where they are used at once: 16 KiB stay in L1.
+// Depth pairs that are decoded at a time where they are used at once: 16 KiB stay in
+// L1.
 inline constexpr int kChunkPairs = 64;
 
 // A worker's scratch memory during a job.
@@ -193,7 +194,8 @@ class Pass {
         RoundUp(store_.PanelBytes(strips, depth), 2048);
     return prefetch;
   }
-  // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes apart.
+  // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes
+  // apart.
   Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
                       int panels, int64_t stride) const {
     Prefetch prefetch;
@@ -203,20 +205,23 @@ class Pass {
     prefetch.total_bytes = panels * prefetch.chunk_bytes;
     return prefetch;
   }
-  // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they are,
-  // or decoded in scratch.chunk.
+  // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they
+  // are, or decoded in scratch.chunk.
   const bf16* Pairs(const BasePanel& panel, int strips, int first, int pairs,
                     const Scratch& scratch, Prefetch* prefetch) const {
-    if (panel.values) return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
+    if (panel.values)
+      return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
     kernels_.decode(store_.encoding().format, panel.codes, first, pairs, scratch.chunk,
                     prefetch);
     return scratch.chunk;
   }
 
   // tile += terms.
-  void AddTerms(const Terms& terms, int rows, int strips, const Scratch& scratch) const {
+  void AddTerms(const Terms& terms, int rows, int strips,
+                const Scratch& scratch) const {
     if (terms.count() == 0) return;
-    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true, nullptr);
+    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true,
+                  nullptr);
   }
 
   // tile = rows x panel for all rows, in tiles. touch(row) fetches what the epilogue
@@ -239,8 +244,8 @@ class Pass {
   bool SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
                         int first_factor, bf16* destination);
 
-  // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes. Returns
-  // false when another worker has failed.
+  // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes.
+  // Returns false when another worker has failed.
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
                      const Activations& out, Stopwatch& watch);
   static constexpr int kHiddenPhases = 5;
@@ -365,10 +370,10 @@ class Pass {
   int low_rank_width_ = 0;   // RoundUp(rank, kDepth)
   int low_rank_stride_ = 0;  // 3 factors x 2 parts
   int rank_strips_ = 0;
-  std::vector<bf16*> hidden_;    // per shard [group rows][HiddenStride]
+  std::vector<bf16*> hidden_;           // per shard [group rows][HiddenStride]
   std::vector<Int8Rows> hidden_codes_;  // per shard, where the forward needs them
-  std::vector<float*> partial_;  // per shard [group rows][2 * 16 * rank_strips]
-  OutputSum sum_;                // of y or grad_x
+  std::vector<float*> partial_;         // per shard [group rows][2 * 16 * rank_strips]
+  OutputSum sum_;                       // of y or grad_x
   int counter_count_ = 0;
   std::unique_ptr<Counters> counters_;
 };
@@ -413,19 +418,18 @@ void Pass::Run(Job job) {
       memory += RoundUp(sizes[i], 64);
     }
     auto values = [&](int i) { return reinterpret_cast<bf16*>(part[i]); };
-    const Scratch scratch{{values(0), static_cast<ptrdiff_t>(parts * stride),
-                           exact() ? static_cast<ptrdiff_t>(stride) : 0},
-                          {reinterpret_cast<int8_t*>(part[11]),
-                           static_cast<ptrdiff_t>(stride),
-                           reinterpret_cast<float*>(part[12]),
-                           reinterpret_cast<int32_t*>(part[13]),
-                           static_cast<ptrdiff_t>(groups), Int8Group()},
-                          values(10),
-                          {values(1), values(2)},
-                          {{values(3), values(5)}, {values(4), values(6)}},
-                          values(7),
-                          reinterpret_cast<float*>(part[8]),
-                          reinterpret_cast<float*>(part[9])};
+    const Scratch scratch{
+        {values(0), static_cast<ptrdiff_t>(parts * stride),
+         exact() ? static_cast<ptrdiff_t>(stride) : 0},
+        {reinterpret_cast<int8_t*>(part[11]), static_cast<ptrdiff_t>(stride),
+         reinterpret_cast<float*>(part[12]), reinterpret_cast<int32_t*>(part[13]),
+         static_cast<ptrdiff_t>(groups), Int8Group()},
+        values(10),
+        {values(1), values(2)},
+        {{values(3), values(5)}, {values(4), values(6)}},
+        values(7),
+        reinterpret_cast<float*>(part[8]),
+        reinterpret_cast<float*>(part[9])};
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }

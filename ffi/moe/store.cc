@@ -25,8 +25,8 @@ void PackStrips(const Kernels& kernels, const SourceMatrix& matrix, int64_t stri
   }
 }
 
-// The matrix [outputs, depth] of one expert in plain arrays, which `encoded` holds where
-// the source is not quantised.
+// The matrix [outputs, depth] of one expert in plain arrays, which `encoded` holds
+// where the source is not quantised.
 PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expert,
                   int outputs, int depth, const char* name, EncodedMatrix& encoded) {
   const int64_t values = int64_t{expert} * outputs * depth;
@@ -45,10 +45,11 @@ PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expe
   const int64_t codes = expert * outputs * encoding.code_columns(depth);
   const int64_t scales =
       expert * encoding.scale_rows(outputs) * encoding.scale_columns(depth);
-  const PlainMatrix plain{
-      static_cast<const uint8_t*>(source.values) + codes,
-      static_cast<const uint8_t*>(source.scales) + scales * ScaleBytes(encoding.spec().scale),
-      source.zeros ? source.zeros + scales : nullptr, outputs, depth};
+  const PlainMatrix plain{static_cast<const uint8_t*>(source.values) + codes,
+                          static_cast<const uint8_t*>(source.scales) +
+                              scales * ScaleBytes(encoding.spec().scale),
+                          source.zeros ? source.zeros + scales : nullptr, outputs,
+                          depth};
   CheckPlain(encoding, plain, name, expert);
   return plain;
 }
@@ -74,7 +75,8 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     const int begin = units * s / count * unit;
     const int end = std::min(units * (s + 1) / count * unit, padded);
     shards_.push_back({begin, end - begin});
-    memory_.emplace_back(geometry_.experts * BlockSize(s), backend_->pool.NumaNodeOf(s));
+    memory_.emplace_back(geometry_.experts * BlockSize(s),
+                         backend_->pool.NumaNodeOf(s));
   }
 }
 
@@ -209,8 +211,7 @@ void ExpertStore::Dequantize(float* gate, float* up, float* down) const {
           const int64_t row = (static_cast<int64_t>(e) * hidden + h) * intermediate;
           for (int i = begin; i < end; ++i) {
             const int d = i - begin;
-            down[row + i] =
-                FromBf16(base[d / 2 * stride + 2 * (h % kPanel) + d % 2]);
+            down[row + i] = FromBf16(base[d / 2 * stride + 2 * (h % kPanel) + d % 2]);
           }
         }
       }

@@ -14,7 +14,7 @@ compile() { # source, flags...
 	source=$1
 	shift
 	"${CXX:-g++}" -std=c++20 -O2 -Wall -Wextra -ffp-contract=off -pthread -I ffi \
-		-DKTJAX_COUNT_TILES -Wno-maybe-uninitialized -Wno-uninitialized "$@" \
+		-DKTJAX_COUNT_TILES -DKTJAX_NO_CVTNE2PS -Wno-maybe-uninitialized -Wno-uninitialized "$@" \
 		-c "ffi/$source.cc" -o "$objects/$(basename "$source").o"
 }
 compile gemm/amx_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl \

@@ -170,6 +170,8 @@ def test_the_backward_uses_the_values_of_the_forward(use_pool, isa, encoding):
     again = [
         ktjax.quant.encode(np.swapaxes(w, 1, 2), **options(encoding)) for w in base
     ]
+    if encoding.spec.block_outputs > 1:
+        return  # square blocks have the same scales in either direction
     transposed = [
         np.swapaxes(ktjax.quant.decode(q, encoding.format), 1, 2)[0] for q in again
     ]

@@ -55,6 +55,11 @@ class Inputs:
     lora: ktjax.LoRA | None
     grad_y: jax.Array
 
+    def first(self, tokens: int) -> Inputs:
+        """The same with fewer tokens."""
+        few = {n: getattr(self, n)[:tokens] for n in ("x", "ids", "w", "grad_y")}
+        return dataclasses.replace(self, **few)
+
 
 # Tokens per expert around every row step of the kernels: empty, one, tiles and their
 # neighbours.
@@ -112,29 +117,28 @@ def make_inputs(case: Case) -> Inputs:
 @functools.cache
 def reference_results(case: Case) -> dict[str, np.ndarray]:
     """y and the gradients of the float32 reference on the same bfloat16 values."""
+    return reference_on(case, make_inputs(case).base)
+
+
+def reference_on(case: Case, base) -> dict[str, np.ndarray]:
+    """y and the gradients of the float32 reference on other weights, `base`."""
     inputs = make_inputs(case)
+    arrays = (inputs.x, inputs.w, inputs.lora, tuple(base), inputs.ids, inputs.grad_y)
+    return named_results(*_run_reference(*arrays, scaling=case.scaling))
 
-    def f32(tree):
-        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
 
-    @jax.jit
-    def run(x, w, lora, base, ids, grad_y):
-        y, pullback = jax.vjp(
-            lambda x, w, lora: ktjax.reference.moe(
-                x, ids, w, *base, lora, scaling=case.scaling
-            ),
-            x,
-            w,
-            lora,
-        )
-        return y, pullback(grad_y)
-
-    y, grads = run(
-        *f32((inputs.x, inputs.w, inputs.lora, inputs.base)),
-        inputs.ids,
-        f32(inputs.grad_y),
+# The jitted functions below are the module's, so that tests share what is compiled.
+@functools.partial(jax.jit, static_argnames="scaling")
+def _run_reference(x, w, lora, base, ids, grad_y, *, scaling):
+    x, w, lora, base, grad_y = jax.tree.map(
+        lambda a: a.astype(jnp.float32), (x, w, lora, base, grad_y)
     )
-    return named_results(y, grads)
+
+    def layer(x, w, lora):
+        return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
+
+    y, pullback = jax.vjp(layer, x, w, lora)
+    return y, pullback(grad_y)
 
 
 def named_results(y, grads) -> dict[str, np.ndarray]:
@@ -146,29 +150,25 @@ def named_results(y, grads) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float64) for name, value in named.items()}
 
 
-def run_kernels(case: Case, store, policy: str = "save"):
+def run_kernels(case: Case, store, policy: str = "save", compute: str | None = None):
     """y and the gradients of `ktjax.moe`, raw."""
     inputs = make_inputs(case)
+    return _run_kernels(
+        store,
+        *(inputs.x, inputs.w, inputs.lora, inputs.ids, inputs.grad_y),
+        scaling=case.scaling,
+        activation_policy=policy,
+        compute=compute,
+    )
 
-    @jax.jit
-    def run(x, w, lora, ids, grad_y):
-        y, pullback = jax.vjp(
-            lambda x, w, lora: ktjax.moe(
-                x,
-                ids,
-                w,
-                store,
-                lora,
-                scaling=case.scaling,
-                activation_policy=policy,
-            ),
-            x,
-            w,
-            lora,
-        )
-        return y, pullback(grad_y)
 
-    return run(inputs.x, inputs.w, inputs.lora, inputs.ids, inputs.grad_y)
+@functools.partial(jax.jit, static_argnames=("scaling", "activation_policy", "compute"))
+def _run_kernels(store, x, w, lora, ids, grad_y, **options):
+    def layer(x, w, lora):
+        return ktjax.moe(x, ids, w, store, lora, **options)
+
+    y, pullback = jax.vjp(layer, x, w, lora)
+    return y, pullback(grad_y)
 
 
 def assert_close(

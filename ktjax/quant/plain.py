@@ -90,12 +90,11 @@ def _check_array(
 def _check_contents(arrays: dict[str, Array], encoding: Encoding, where: str) -> None:
     spec = encoding.spec
     for expert, scales in _pieces(arrays["scales"]):
-        # 0xff is E8M0's NaN; it has neither signs nor infinities.
-        bad = (
-            scales == 0xFF
-            if spec.scale == "e8m0"
-            else ~np.isfinite(scales) | (scales < 0)
-        )
+        if spec.scale == "e8m0":
+            bad = scales == 0xFF  # NaN; E8M0 has neither signs nor infinities
+        else:
+            numbers = scales.astype(np.float32, copy=False)
+            bad = ~np.isfinite(numbers) | (numbers < 0)
         if bad.any():
             raise ValueError(
                 f"{where}: scales: expected finite numbers >= 0, got "

@@ -1,7 +1,17 @@
-"""Readers and writers of checkpoints."""
+"""Readers and writers of checkpoints and adapters."""
 
+from ktjax.io.adapters import Adapter, AdapterError, read_adapter, write_adapter
 from ktjax.io.experts import load_experts
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint, save_file
 
-__all__ = ["Checkpoint", "CheckpointError", "load_experts", "save_file"]
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Checkpoint",
+    "CheckpointError",
+    "load_experts",
+    "read_adapter",
+    "save_file",
+    "write_adapter",
+]

@@ -3,6 +3,7 @@
 from ktjax.io.adapters import Adapter, AdapterError, read_adapter, write_adapter
 from ktjax.io.experts import load_experts
 from ktjax.io.header import CheckpointError
+from ktjax.io.merge import merge_checkpoint
 from ktjax.io.safetensors import Checkpoint, save_file
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "load_experts",
+    "merge_checkpoint",
     "read_adapter",
     "save_file",
     "write_adapter",

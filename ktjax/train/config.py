@@ -180,11 +180,14 @@ class GenerateConfig:
     prompt: Annotated[str, Option("the user's message")]
     model: Annotated[
         Path | None,
-        Option("Hugging Face directory (default: the run's, or else the demo's)"),
+        Option("Hugging Face directory (default: the adapter's, or else the demo's)"),
     ] = None
     run: Annotated[
         Path | None,
         Option("output directory of a training, to use its newest adapters"),
+    ] = None
+    adapter: Annotated[
+        Path | None, Option("directory of an adapter, in any format that is known")
     ] = None
     system: Annotated[str | None, Option("the system message")] = None
     experts: Annotated[str, Option("storage format of the expert weights")] = "bf16"
@@ -206,3 +209,5 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.run is not None and self.adapter is not None:
+            raise ValueError("GenerateConfig: give run or adapter, not both")

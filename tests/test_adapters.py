@@ -22,7 +22,13 @@ from adapter_cases import (
     write_tensors,
 )
 
-from ktjax.io import Adapter, AdapterError, read_adapter, write_adapter
+from ktjax.io import (
+    Adapter,
+    AdapterError,
+    CheckpointError,
+    read_adapter,
+    write_adapter,
+)
 from ktjax.io.adapters import files, inspect_adapter, ranges
 from ktjax.io.adapters.names import FAMILIES
 from ktjax.io.safetensors import SafetensorsFile
@@ -250,6 +256,7 @@ CONFIGS = {
     "alpha": ({"lora_alpha": -1}, "lora_alpha must be a positive number, got -1"),
     "other method": ({"peft_type": "LOHA"}, "peft_type must be \"LORA\", got 'LOHA'"),
     "dora": ({"use_dora": True}, "use_dora = True is not supported"),
+    "rslora of another type": ({"use_rslora": "no"}, "use_rslora must be true or fal"),
     "bias": ({"bias": "all"}, "bias = 'all' is not supported"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "may have changed the base weights"),
@@ -292,6 +299,25 @@ def test_unusable_files_are_one_clear_error(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="not valid JSON"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["peft", "peft-fused"])
+def test_random_damage_is_an_adapter_or_one_error(tmp_path, layout):
+    path = tmp_path / "adapter"
+    write_adapter(path, make_adapter(), "qwen3_moe", layout=layout)
+    weights, rng = path / "adapter_model.safetensors", np.random.default_rng(0)
+    sound, refused = weights.read_bytes(), []
+    for _ in range(100):
+        content = bytearray(sound)
+        for place in rng.integers(0, len(content), 3):
+            content[place] = rng.integers(0, 256)
+        weights.write_bytes(content[: rng.integers(1, 2 * len(content))])
+        try:
+            read_adapter(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert 50 < len(refused) < 100
+    assert all(str(path) in message for message in refused)
 
 
 @pytest.mark.parametrize(

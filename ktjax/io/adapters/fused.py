@@ -165,8 +165,15 @@ def _layer(
     # A's columns and B's rows tell the two layouts apart: I = 2I or H = 2I and H = I
     # would have to hold for both to fit.
     (x1, y1), (x2, y2) = (a1.shape[1], b1.shape[0]), (a2.shape[1], b2.shape[0])
-    first = [array.reshape(experts, -1, array.shape[1]) for array in (a1, a2)]
-    second = [b.reshape(b.shape[0], -1, experts) for b in (b1, b2)]
+    ranks = (gate_up_rank, down_rank)
+    first = [
+        array.reshape(experts, rank, array.shape[1])
+        for rank, array in zip(ranks, (a1, a2), strict=True)
+    ]
+    second = [
+        array.reshape(array.shape[0], rank, experts)
+        for rank, array in zip(ranks, (b1, b2), strict=True)
+    ]
     if y1 == 2 * x2 and x1 == y2:
         a, b = first, [array.transpose(2, 0, 1) for array in second]
     elif x1 == 2 * y2 and y1 == x2:

@@ -69,7 +69,7 @@ class PeftConfig:
         self.targets = _names(raw.get("target_modules")) + _names(
             raw.get("target_parameters")
         )
-        self.rslora = raw.get("use_rslora") is True
+        self.rslora = self._check_flag("use_rslora", raw.get("use_rslora"))
         self._refuse_unsupported(raw)
         self._rank = self._check_rank("r", raw.get("r"))
         self._alpha = self._check_alpha("lora_alpha", raw.get("lora_alpha"))
@@ -106,6 +106,13 @@ class PeftConfig:
                 "weights; convert the adapter to plain LoRA with PEFT first "
                 "(save_pretrained with path_initial_model_for_weight_conversion)"
             )
+
+    def _check_flag(self, where: str, value: Any) -> bool:
+        if value not in (None, True, False):
+            raise AdapterError(
+                f"{self.path}: {where} must be true or false, got {value!r}"
+            )
+        return bool(value)
 
     def _check_rank(self, where: str, value: Any) -> int:
         good = isinstance(value, int) and not isinstance(value, bool)
@@ -149,7 +156,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: no such file; expected an adapter's directory"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise AdapterError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: expected a JSON object")

@@ -160,6 +160,15 @@ def test_ktransformers(tmp_path):
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["peft", "peft-fused"])
+def test_the_largest_rank(tmp_path, layout):
+    adapter = make_adapter((0,), rank=256)
+    write_adapter(tmp_path / "a", adapter, "qwen3_moe", layout=layout)
+    assert list(read_adapter(tmp_path / "a").differences(adapter)) == []
+    with pytest.raises(AdapterError, match="expected a rank of 1 to 256, got 257"):
+        make_adapter((0,), rank=257)
+
+
 def test_rank_stabilised_scaling(tmp_path):
     write_config(tmp_path, use_rslora=True)
     write_tensors(tmp_path, per_expert_tensors(make_adapter()))
@@ -249,8 +258,8 @@ def test_damaged_tensors_are_one_clear_error(tmp_path, name):
 
 
 CONFIGS = {
-    "no rank": ({"r": "drop"}, "r must be a rank of 1 to 256, got None"),
-    "rank too large": ({"r": 257}, "got 257"),
+    "no rank": ({"r": "drop"}, "r must be a positive integer, got None"),
+    "rank zero": ({"r": 0}, "r must be a positive integer, got 0"),
     "rank of another type": ({"r": "8"}, "got '8'"),
     "not the tensors' rank": ({"r": 4}, "has rank 2, expected 4"),
     "alpha": ({"lora_alpha": -1}, "lora_alpha must be a positive number, got -1"),

@@ -124,6 +124,31 @@ def test_inspect(tmp_path, capsys):
             assert word in out.replace(" ", "") or word in out, (word, out)
 
 
+def test_inspect_of_a_quantised_checkpoint(tmp_path, capsys):
+    expert = "model.layers.1.mlp.experts.0.up_proj"
+    tensors = {
+        f"{expert}.weight_packed": np.zeros((4, 4), np.int32),
+        f"{expert}.weight_scale": np.zeros((4, 1), np.float16),
+        "model.norm.weight": np.ones(4, np.float32),
+    }
+    save_file(tmp_path / "model.safetensors", tensors)
+    config = {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 1,
+        "quantization_config": {"quant_method": "compressed-tensors"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 0
+    for words in (
+        "quantised compressed-tensors",
+        "experts in layers 1",
+        "routed experts 72 B, int32, float16",
+        "the rest 16 B, float32",
+    ):
+        assert words in out
+
+
 def test_inspect_reads_no_data(tmp_path, capsys):
     """NaN is an error for those who use an adapter, not for those who look at it."""
     write_adapter(tmp_path / "a", make_adapter(), "qwen3_moe")

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ktjax.config import MAX_LORA_RANK
 from ktjax.io.adapters.adapter import AdapterError
 
 CONFIG_NAME = "adapter_config.json"
@@ -115,11 +114,10 @@ class PeftConfig:
         return bool(value)
 
     def _check_rank(self, where: str, value: Any) -> int:
-        good = isinstance(value, int) and not isinstance(value, bool)
-        if not good or not 1 <= value <= MAX_LORA_RANK:
+        # No upper limit: gate and up as one have twice the rank of either.
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AdapterError(
-                f"{self.path}: {where} must be a rank of 1 to {MAX_LORA_RANK}, "
-                f"got {value!r}"
+                f"{self.path}: {where} must be a positive integer, got {value!r}"
             )
         return value
 

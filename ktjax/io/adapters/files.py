@@ -75,8 +75,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
       AdapterError: it adapts anything but gate, up and down of all experts of a layer,
-        something is missing, damaged, has a wrong shape or is not finite, or rank or
-        scaling differ among the experts.
+        something is missing, has a wrong shape or is not finite, or rank or scaling
+        differ among the experts.
+      CheckpointError: a safetensors file is damaged.
     """
     directory = Path(path)
     layout, file, config = _open(directory)
@@ -91,7 +92,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterInfo:
     """What the directory `path` holds, from headers alone.
 
     Raises:
-      AdapterError: as `read_adapter`, but the data are not looked at.
+      AdapterError, CheckpointError: as `read_adapter`, but the data are not looked at.
     """
     layout, file, config = _open(Path(path))
     entries = file.entries.values()

@@ -2,7 +2,7 @@
 # make test    set up, then run all tests
 # make lint    style, types, format
 # make bench   speed against this machine's peak and against XLA:CPU
-# make interop add torch and transformers, which some tests compare with when present
+# make interop add torch, transformers and peft, which some tests compare with when present
 # make format  rewrite the sources in the project's format
 # make clean   remove the environment and what was built
 

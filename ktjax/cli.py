@@ -11,6 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from ktjax import doctor
+from ktjax.commands import (
+    ExportConfig,
+    InspectConfig,
+    MergeConfig,
+    run_export,
+    run_inspect,
+    run_merge,
+)
 from ktjax.train.config import GenerateConfig, TrainConfig
 from ktjax.train.options import fields_of
 from ktjax.train.run import run_generation, run_training
@@ -51,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, add, help in (
         ("train", _add_train, "train the experts' adapters; alone, runs a demo"),
         ("generate", _add_generate, "answer a prompt with a base or a trained model"),
+        ("export", _add_export, "write a training's adapter in PEFT's format"),
+        ("merge", _add_merge, "write a model with an adapter in its weights"),
+        ("inspect", _add_inspect, "show what a checkpoint or an adapter holds"),
         ("doctor", _add_doctor, "show what ktjax sees of this machine"),
     ):
         command = commands.add_parser(name, help=help, description=add.__doc__)
@@ -75,6 +86,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     """Answer one prompt, with the base model or with the adapters of a training."""
     _add_options(parser, GenerateConfig)
     parser.set_defaults(call=_generate)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    """Write an adapter in PEFT's format: a training's newest, or one in another format.
+
+    It is read again and compared bit by bit before the directory gets its name.
+    """
+    _add_options(parser, ExportConfig)
+    parser.set_defaults(call=_export)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    """Write a Hugging Face model with an adapter merged into its experts' weights."""
+    _add_options(parser, MergeConfig)
+    parser.set_defaults(call=_merge)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Show what a model, an adapter or a training holds, from headers alone."""
+    _add_options(parser, InspectConfig)
+    parser.set_defaults(call=_inspect)
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +158,21 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     config = GenerateConfig(**_config_arguments(args, GenerateConfig))
     run_generation(config, Console())
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    run_export(ExportConfig(**_config_arguments(args, ExportConfig)), Console())
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    run_merge(MergeConfig(**_config_arguments(args, MergeConfig)), Console())
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    run_inspect(InspectConfig(**_config_arguments(args, InspectConfig)), Console())
     return 0
 
 

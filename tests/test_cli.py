@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ktjax import backend, cli
+from ktjax.commands import ExportConfig, InspectConfig, MergeConfig
 from ktjax.train.config import GenerateConfig, TrainConfig
 from ktjax.train.options import fields_of
 
@@ -75,7 +76,14 @@ def test_unknown_arguments_exit_with_two(capsys, arguments):
 
 
 @pytest.mark.parametrize(
-    ("command", "config"), [("train", TrainConfig), ("generate", GenerateConfig)]
+    ("command", "config"),
+    [
+        ("train", TrainConfig),
+        ("generate", GenerateConfig),
+        ("export", ExportConfig),
+        ("merge", MergeConfig),
+        ("inspect", InspectConfig),
+    ],
 )
 def test_help_explains_every_field(capsys, command, config):
     with pytest.raises(SystemExit) as caught:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from ktjax.io.header import DTYPES, CheckpointError, read_header
+from ktjax.io.atomic import new_file
+from ktjax.io.header import DTYPES, CheckpointError, Entry, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,6 +25,8 @@ class SafetensorsFile:
     Attributes:
       path: the file.
       metadata: the header's `__metadata__`, strings by name.
+      entries: dtype, shape and place of every tensor by name, in the file's order.
+      data_offset: where the data section begins in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -39,7 +41,8 @@ class SafetensorsFile:
             raise FileNotFoundError(f"{self.path}: no such safetensors file")
         header = read_header(self.path)
         self.metadata = header.metadata
-        self._entries = header.entries
+        self.data_offset = header.data_offset
+        self.entries: Mapping[str, Entry] = header.entries
         # An empty data section cannot be mapped.
         self._data: np.ndarray[Any, Any] = (
             np.memmap(self.path, np.uint8, mode="r", offset=header.data_offset)
@@ -49,10 +52,10 @@ class SafetensorsFile:
 
     def keys(self) -> list[str]:
         """The names of the tensors, in the order of the header."""
-        return list(self._entries)
+        return list(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self.entries
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
         """The tensor `name` as a read-only view of the file; nothing is copied.
@@ -60,9 +63,9 @@ class SafetensorsFile:
         Raises:
           KeyError: there is no such tensor; the message offers close matches.
         """
-        entry = self._entries.get(name)
+        entry = self.entries.get(name)
         if entry is None:
-            raise KeyError(_missing(name, self.path, self._entries))
+            raise KeyError(_missing(name, self.path, self.entries))
         data = self._data[entry.start : entry.stop]
         return data.view(entry.dtype).reshape(entry.shape).view(np.ndarray)
 
@@ -105,8 +108,8 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._file_of)
 
-    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        """The tensor `name` as a read-only view of its file; nothing is copied.
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds the tensor `name`.
 
         Raises:
           KeyError: there is no such tensor; the message offers close matches.
@@ -114,7 +117,15 @@ class Checkpoint:
         file = self._file_of.get(name)
         if file is None:
             raise KeyError(_missing(name, self.path, self._file_of))
-        return file[name]
+        return file
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        """The tensor `name` as a read-only view of its file; nothing is copied.
+
+        Raises:
+          KeyError: there is no such tensor; the message offers close matches.
+        """
+        return self.file_of(name)[name]
 
 
 def save_file(
@@ -144,21 +155,8 @@ def save_file(
                 f"{', '.join(map(str, DTYPES.values()))}; convert it first"
             )
     content = safetensors.numpy.save(arrays, dict(metadata or {}) or None)
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a checkpoint has the permissions of any file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    with new_file(path) as file:
+        file.write(content)
 
 
 def _open_directory(path: Path) -> dict[str, SafetensorsFile]:
@@ -213,18 +211,3 @@ def _missing(name: str, path: Path, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"; close: {', '.join(close)}" if close else ""
     return f"{path}: no tensor {name!r} among {len(known)}{hint}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """Decoder language models: loading, running, generating, tokenising."""
 
+from ktjax.models.adapters import apply_adapter, extract_adapter
 from ktjax.models.attention import KVCache
 from ktjax.models.config import ConfigError, ModelConfig
 from ktjax.models.decoder import Decoder, DecoderOutput
@@ -15,6 +16,8 @@ __all__ = [
     "ModelConfig",
     "Tokenizer",
     "TokenizerError",
+    "apply_adapter",
+    "extract_adapter",
     "from_pretrained",
     "generate",
     "generate_batch",

@@ -1,5 +1,6 @@
 """Training: chats -> batches -> a jitted step -> checkpoints, and what drives it."""
 
+from ktjax.train.adapters import read_run
 from ktjax.train.batching import Batch, Batcher, BatchStream, Position
 from ktjax.train.checkpoint import CheckpointError
 from ktjax.train.config import GenerateConfig, TrainConfig
@@ -42,6 +43,7 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "read_chats",
+    "read_run",
     "run_generation",
     "run_training",
     "split_model",

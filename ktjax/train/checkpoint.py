@@ -21,6 +21,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from ktjax.io.atomic import sync_directory
+
 _NAME = re.compile(r"step-(\d{8})")
 _META = "meta.json"
 
@@ -60,9 +62,9 @@ def save_checkpoint(
             _write_synced(temporary / f"{name}.safetensors", content)
         text = json.dumps({**meta, "step": step}, indent=2)
         _write_synced(temporary / _META, text.encode())
-        _sync_directory(temporary)
+        sync_directory(temporary)
         os.rename(temporary, final)
-        _sync_directory(root)
+        sync_directory(root)
         for _, old in list_checkpoints(root)[:-keep]:
             _remove(old)
     except OSError as error:
@@ -149,14 +151,6 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

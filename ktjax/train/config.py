@@ -194,11 +194,14 @@ class GenerateConfig:
     prompt: Annotated[str, Option("the user's message")]
     model: Annotated[
         Path | None,
-        Option("Hugging Face directory (default: the run's, or else the demo's)"),
+        Option("Hugging Face directory (default: the adapter's, or else the demo's)"),
     ] = None
     run: Annotated[
         Path | None,
         Option("output directory of a training, to use its newest adapters"),
+    ] = None
+    adapter: Annotated[
+        Path | None, Option("directory of an adapter, in any format that is known")
     ] = None
     system: Annotated[str | None, Option("the system message")] = None
     experts: Annotated[
@@ -241,3 +244,5 @@ class GenerateConfig:
                 "GenerateConfig.group_size and zero_point need experts, the format "
                 "that has them"
             )
+        if self.run is not None and self.adapter is not None:
+            raise ValueError("GenerateConfig: give run or adapter, not both")

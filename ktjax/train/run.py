@@ -12,12 +12,21 @@ from flax import nnx
 from rich.console import Console
 
 from ktjax.config import LoRAConfig
-from ktjax.models import Decoder, Tokenizer, from_pretrained, generate, generate_batch
+from ktjax.io.adapters import Adapter, AdapterError, read_adapter, write_adapter
+from ktjax.models import (
+    Decoder,
+    Tokenizer,
+    apply_adapter,
+    from_pretrained,
+    generate,
+    generate_batch,
+)
 from ktjax.train import checkpoint
+from ktjax.train.adapters import newest_checkpoint, read_run
 from ktjax.train.answers import Answer, answer_chats
 from ktjax.train.config import GenerateConfig, TrainConfig
 from ktjax.train.data import Chat, read_chats, tokenize
-from ktjax.train.loop import FitResult, TrainingError, fit
+from ktjax.train.loop import FitResult, fit
 from ktjax.train.report import ProgressReport, match_table, sample_table
 
 
@@ -26,7 +35,7 @@ class TrainResult:
     """What a training did.
 
     Attributes:
-      output_dir: where metrics.jsonl and checkpoints/ are.
+      output_dir: where metrics.jsonl and checkpoints/ are; of the demo, adapter/ too.
       fit: how the loop ended.
       before: answers of the base model.
       after: answers of the trained one; empty when interrupted.
@@ -77,6 +86,14 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
     if after:
         console.print(match_table(before, after))
         console.print(sample_table(before, after))
+    if config.model is None:
+        # The demo shows the way to the end: a file that PEFT loads.
+        exported = output_dir / "adapter"
+        adapter = read_run(output_dir)
+        write_adapter(exported, adapter, model.config.model_type, replace=True)
+        console.print(
+            f"the adapter in PEFT's format: {exported}", highlight=False, soft_wrap=True
+        )
     console.print(
         f'try it: ktjax generate --run {output_dir} "your prompt"',
         highlight=False,
@@ -89,20 +106,19 @@ def run_generation(config: GenerateConfig, console: Console) -> None:
     """Answer one prompt on `console`, token by token.
 
     Raises:
-      CheckpointError, ConfigError, TokenizerError, TrainingError, ValueError,
+      AdapterError, CheckpointError, ConfigError, TokenizerError, ValueError,
       FileNotFoundError: each says what is wrong and where.
     """
-    path, lora, saved = config.model, None, None
+    adapter, lora = _adapter(config), None
+    path = config.model or TrainConfig().model_path
     # Adapters belong to the very weights that they were trained on.
     base: dict[str, Any] = {"experts": "bf16", "group_size": None, "zero_point": False}
     if config.run is not None:
-        saved = _newest_checkpoint(config.run)
-        meta = checkpoint.read_meta(saved)
-        trained = meta["config"]
-        lora = LoRAConfig(trained["lora_rank"], trained["lora_alpha"])
+        trained = checkpoint.read_meta(newest_checkpoint(config.run))["config"]
         base |= {name: trained.get(name, value) for name, value in base.items()}
-        path = path or Path(meta["model"])
-    path = path or TrainConfig().model_path
+    if adapter is not None:
+        lora = LoRAConfig(adapter.rank, adapter.alpha)
+        path = config.model or _base_model(adapter)
     tokenizer = Tokenizer(path)
     if config.experts is not None:
         base = {name: getattr(config, name) for name in base}
@@ -110,9 +126,8 @@ def run_generation(config: GenerateConfig, console: Console) -> None:
         path, **base, compute=config.compute, dtype=config.dtype, lora=lora
     )
     try:
-        if saved is not None:
-            state = nnx.state(model, nnx.LoRAParam)
-            nnx.update(model, checkpoint.load_tree(saved, "lora", state))
+        if adapter is not None:
+            apply_adapter(model, adapter)
         messages = [{"role": "user", "content": config.prompt}]
         if config.system is not None:
             messages.insert(0, {"role": "system", "content": config.system})
@@ -196,11 +211,20 @@ def _describe(
     )
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    saved = checkpoint.list_checkpoints(run / "checkpoints")
-    if not saved:
-        raise TrainingError(f"{run} holds no checkpoint; give a training's output_dir")
-    return saved[-1][1]
+def _adapter(config: GenerateConfig) -> Adapter | None:
+    if config.run is not None:
+        return read_run(config.run)
+    return None if config.adapter is None else read_adapter(config.adapter)
+
+
+def _base_model(adapter: Adapter) -> Path:
+    path = Path(adapter.base_model or "")
+    if not adapter.base_model or not path.is_dir():
+        raise AdapterError(
+            f"the adapter's base model {adapter.base_model!r} is no directory here; "
+            "name the model's directory with --model"
+        )
+    return path
 
 
 def _free_directory(parent: Path) -> Path:

@@ -1,0 +1,153 @@
+"""What a directory holds, from headers and configurations alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ktjax.commands.config import InspectConfig
+from ktjax.io.adapters import inspect_adapter, is_adapter, ranges
+from ktjax.io.adapters.names import target_of
+from ktjax.io.header import CheckpointError, Entry
+from ktjax.io.safetensors import Checkpoint, SafetensorsFile
+from ktjax.train import checkpoint
+from ktjax.train.adapters import is_run, newest_checkpoint
+
+Rows = list[tuple[str, str]]
+
+# Experts' counts under the names that families give them.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def run_inspect(config: InspectConfig, console: Console) -> None:
+    """Show on `console` what is at the path.
+
+    Raises:
+      CheckpointError, AdapterError, FileNotFoundError: a damaged file, or nothing that
+      is known.
+    """
+    path = config.path
+    if is_run(path):
+        rows = _run(path)
+    elif is_adapter(path):
+        rows = _adapter(path)
+    else:
+        rows = _checkpoint(path)
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table, highlight=False, markup=False)
+
+
+def _adapter(path: Path) -> Rows:
+    info = inspect_adapter(path)
+    return [
+        ("adapter", str(path)),
+        ("layout", info.layout),
+        ("rank", str(info.rank)),
+        ("alpha", f"{info.alpha:g} (scaling {info.alpha / info.rank:g})"),
+        ("targets", ", ".join(info.targets) or "not said"),
+        ("layers", ranges(info.layers)),
+        ("parameters", f"{info.parameters:,}"),
+        ("dtypes", ", ".join(info.dtypes)),
+        ("size", _bytes(info.size)),
+        ("base model", info.base_model or "not said"),
+    ]
+
+
+def _run(path: Path) -> Rows:
+    newest = newest_checkpoint(path)
+    meta = checkpoint.read_meta(newest)
+    config = meta.get("config", {})
+    entries = SafetensorsFile(newest / "lora.safetensors").entries
+    return [
+        ("training", str(path)),
+        ("checkpoint", f"{newest.name}, after step {meta.get('step')}"),
+        ("rank", str(config.get("lora_rank"))),
+        ("alpha", str(config.get("lora_alpha"))),
+        ("tensors", str(len(entries))),
+        ("dtypes", _dtypes(entries)),
+        ("size", _bytes(sum(map(_size, entries.values())))),
+        ("base model", str(meta.get("model"))),
+    ]
+
+
+def _checkpoint(path: Path) -> Rows:
+    files = Checkpoint(path)
+    entries = {name: files.file_of(name).entries[name] for name in files}
+    config = _config(path)
+    experts, layers = _experts(entries)
+    rows = [("checkpoint", str(path))]
+    if config:
+        counts = [str(config[key]) for key in _EXPERT_KEYS if key in config]
+        rows += [
+            ("family", str(config.get("model_type", "not said"))),
+            ("layers", str(config.get("num_hidden_layers", "not said"))),
+            ("experts", ", ".join(counts[:1]) or "none"),
+            ("per token", str(config.get("num_experts_per_tok", "not said"))),
+        ]
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "not said")
+            rows.append(("quantised", str(method)))
+    routed = sum(map(_size, experts.values()))
+    rows += [
+        ("experts in", f"layers {ranges(layers)}" if layers else "no layer"),
+        ("tensors", f"{len(entries):,} in {len({*map(files.file_of, files)})} files"),
+        ("routed experts", f"{_bytes(routed)}, {_dtypes(experts)}"),
+    ]
+    rest = {name: entry for name, entry in entries.items() if name not in experts}
+    size = sum(map(_size, rest.values()))
+    return [*rows, ("the rest", f"{_bytes(size)}, {_dtypes(rest)}")]
+
+
+def _experts(entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[int]]:
+    """The tensors of routed experts, scales of quantised ones too, and their layers."""
+    found, layers = {}, set()
+    for name, entry in entries.items():
+        # What a quantised weight is stored as has its name and one word more.
+        stem = name.rpartition(".")[0]
+        target = target_of(name) or target_of(f"{stem}.weight")
+        if target is not None:
+            found[name] = entry
+            layers.add(target.layer)
+    return found, layers
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object")
+    return config
+
+
+def _dtypes(entries: Mapping[str, Entry]) -> str:
+    counts: Counter[str] = Counter()
+    for entry in entries.values():
+        counts[str(entry.dtype)] += _size(entry)
+    return ", ".join(name for name, _ in counts.most_common()) or "none"
+
+
+def _size(entry: Entry) -> int:
+    return entry.stop - entry.start
+
+
+def _bytes(size: int) -> str:
+    """1536 as "1.5 KiB"."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{size} B"

@@ -1,0 +1,72 @@
+"""Small random adapters, and files in the layouts that others write."""
+
+import json
+
+import numpy as np
+
+from ktjax.io import Adapter, save_file
+from ktjax.lora import LoRA
+
+EXPERTS, HIDDEN, WIDTH, RANK = 3, 8, 6, 2
+PREFIX = "base_model.model.model.layers"
+
+
+def make_lora(
+    seed=0, *, experts=EXPERTS, hidden=HIDDEN, width=WIDTH, rank=RANK, dtype=np.float32
+):
+    rng = np.random.default_rng(seed)
+    shapes = LoRA.shapes(experts, hidden, width, rank).values()
+    return LoRA(*(rng.normal(size=shape).astype(dtype) for shape in shapes))
+
+
+def make_adapter(layers=(0, 2), alpha=5.0, base_model="some/model", **kwargs):
+    loras = {index: make_lora(index, **kwargs) for index in layers}
+    return Adapter(kwargs.get("rank", RANK), alpha, loras, base_model)
+
+
+def write_config(path, **changes):
+    path.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 5.0, "bias": "none"}
+    config = {**config, **changes}
+    text = json.dumps({key: value for key, value in config.items() if value != "drop"})
+    (path / "adapter_config.json").write_text(text)
+    return path
+
+
+def per_expert_tensors(adapter):
+    """PEFT's per-expert tensors, spelt out."""
+    return {
+        f"{PREFIX}.{layer}.mlp.experts.{expert}.{part}_proj.lora_{side}.weight": array
+        for layer, lora in adapter.layers.items()
+        for part in ("gate", "up", "down")
+        for side in "AB"
+        for expert, array in enumerate(getattr(lora, f"{part}_{side.lower()}"))
+    }
+
+
+def write_tensors(path, tensors, name="adapter_model.safetensors"):
+    save_file(path / name, tensors)
+    return path
+
+
+def deltas(adapter):
+    """layer -> s B A of gate, up and down `[experts, out, in]`, in float64."""
+    return {
+        index: [
+            adapter.scaling
+            * (
+                np.float64(getattr(lora, f"{part}_b"))
+                @ np.float64(getattr(lora, f"{part}_a"))
+            )
+            for part in ("gate", "up", "down")
+        ]
+        for index, lora in adapter.layers.items()
+    }
+
+
+def peft_delta(a, b, experts, scaling, transposed):
+    """What PEFT's ParamWrapper adds to a parameter, from its flattened A and B."""
+    a = np.float64(a).reshape(experts, -1, a.shape[-1])
+    b = np.float64(b).reshape(b.shape[0], -1, experts)
+    order = "e i o" if transposed else "e o i"
+    return scaling * np.einsum(f"o r e, e r i -> {order}", b, a)

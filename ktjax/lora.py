@@ -81,6 +81,11 @@ class LoRA:
                 raise TypeError(
                     f"lora.{name}: expected float32 or bfloat16, got {array.dtype}"
                 )
+            if array.dtype != self.gate_a.dtype:
+                raise TypeError(
+                    f"lora.{name}: expected {self.gate_a.dtype} like gate_a, got "
+                    f"{array.dtype}"
+                )
 
     @staticmethod
     def draw(

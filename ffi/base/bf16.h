@@ -19,6 +19,12 @@ inline bf16 RoundToBf16(float value) {
   return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// value = high + low, to about 16 significant bits; low is 0 where high is infinite.
+inline void SplitBf16(float value, bf16& high, bf16& low) {
+  high = RoundToBf16(value);
+  low = (high & 0x7fff) == 0x7f80 ? bf16{0} : RoundToBf16(value - FromBf16(high));
+}
+
 }  // namespace ktjax
 
 #endif  // KTJAX_FFI_BASE_BF16_H_

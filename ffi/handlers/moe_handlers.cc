@@ -73,8 +73,8 @@ class Checker {
   }
   [[noreturn]] void Fail(const char* operand, const std::string& expected,
                          const std::string& got) const {
-    throw std::invalid_argument(std::string(operation_) + ": " + operand +
-                                ": expected " + expected + ", got " + got);
+    throw std::invalid_argument(std::string(operand) + ": expected " + expected +
+                                ", got " + got);
   }
   const char* operation() const { return operation_; }
 
@@ -149,6 +149,10 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
         lora.rank = static_cast<int>(buffer->dimensions()[1]);
       }
       lora.arrays[i] = {buffer->untyped_data(), check.Floating(kLoRANames[i], *buffer)};
+      if (lora.arrays[i].is_float32 != lora.arrays[0].is_float32) {
+        check.Fail(kLoRANames[i], "the dtype of lora.gate_a",
+                   Name(buffer->element_type()));
+      }
       check.Shape(kLoRANames[i], *buffer, LoRAShape(geometry, i, lora.rank));
     }
     if (lora.rank < 1 || lora.rank > 256) {
@@ -184,7 +188,7 @@ ffi::Error Guard(const Checker& check, const std::function<void()>& body) {
   } catch (const std::out_of_range& e) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, prefix + e.what());
   } catch (const std::invalid_argument& e) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, e.what());
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, prefix + e.what());
   } catch (const std::bad_alloc& e) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, prefix + e.what());
   } catch (const std::exception& e) {

@@ -234,8 +234,9 @@ class BackwardPass : LoRAGradPass {
       const auto [base, strips] = panel(p);
       Prefetch prefetch;
       if (p + 1 < panels || next) {
-        prefetch = FetchPairs(p + 1 < panels ? panel(p + 1).first : *next, strips,
-                              first_pair, pairs, 1, 0);
+        const auto [following, width] =
+            p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
+        prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
         prefetch.Spread(pairs);
       }
       const int chunk = base.values ? pairs : kChunkPairs;

@@ -165,9 +165,7 @@ void LoRAGradPass::TransposeLowRank(const GradFactor& factor, int row, int count
     for (int i = 0; i < rank(); ++i) {
       bf16 high = src[i], low = src[low_rank_width_ + i];
       if (factor.weighted) {
-        const float value = weight * (FromBf16(high) + FromBf16(low));
-        high = RoundToBf16(value);
-        low = RoundToBf16(value - FromBf16(high));
+        SplitBf16(weight * (FromBf16(high) + FromBf16(low)), high, low);
       }
       dst[i * stride + r] = high;
       dst[(rank() + i) * stride + r] = low;

@@ -92,6 +92,41 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
   counters_ = std::make_unique<Counters>(counter_count_);
 }
 
+Scratch Pass::MakeScratch(Arena& arena) const {
+  const size_t parts = exact() ? 2 : 1;
+  const size_t width = std::max(
+      {geometry_.hidden_padded(), 2 * geometry_.intermediate_padded(), kMaxGradDepth});
+  const ptrdiff_t stride = geometry_.hidden_padded() + kDepth;
+  const size_t rank_padded = RoundUp(std::max(rank(), 1), kDepth);
+  const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
+  const size_t expert_rows = RoundUp(std::max(max_expert_rows_, 1), kDepth);
+  const size_t block_rows = std::max(max_block_rows_, 1);
+  const ptrdiff_t groups = CeilDiv(geometry_.hidden_padded(), Int8Group());
+  const size_t quantised_rows = int8() ? block_rows : 0;
+  Scratch scratch;
+  scratch.rows = {arena.Take<bf16>(parts * stride * block_rows),
+                  static_cast<ptrdiff_t>(parts) * stride, exact() ? stride : 0};
+  scratch.codes = {arena.Take<int8_t>(stride * quantised_rows),
+                   stride,
+                   arena.Take<float>(groups * quantised_rows),
+                   arena.Take<int32_t>(groups * quantised_rows),
+                   groups,
+                   Int8Group()};
+  scratch.chunk = arena.Take<bf16>(store_.quantised() ? kPanel * 2 * kChunkPairs : 0);
+  scratch.panel = {arena.Take<bf16>(kPanel * width),
+                   arena.Take<bf16>(exact() ? kPanel * width : 0)};
+  for (SplitPanel& panel : scratch.lora_panel) {
+    panel = {arena.Take<bf16>(kPanel * rank_padded),
+             arena.Take<bf16>(LoRAInTwoParts() ? kPanel * rank_padded : 0)};
+  }
+  scratch.transposed = arena.Take<bf16>(rank() ? 2 * rank_rows * expert_rows : 0);
+  scratch.tile =
+      arena.Take<float>(kPanel * std::max<size_t>(rank_rows, kernels_.max_rows));
+  scratch.sums = arena.Take<float>((kernels_.contract_outputs ? kMaxContractRows : 1) *
+                                   (width + kStrip));
+  return scratch;
+}
+
 LoRAMatrix Pass::Matrix(LoRAArray which) const {
   const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
   const int64_t in = which == kDownA ? intermediate : hidden;
@@ -192,8 +227,7 @@ void Pass::SumPartials(const Group& group, const RowBlock& block, int factors,
       }
       for (int i = 0; i < low_rank_width_; ++i) {
         const float value = i < rank() ? sum[i] * inputs_.lora.scaling : 0.0f;
-        high[i] = RoundToBf16(value);
-        high[low_rank_width_ + i] = RoundToBf16(value - FromBf16(high[i]));
+        SplitBf16(value, high[i], high[low_rank_width_ + i]);
       }
     }
   }
@@ -223,14 +257,15 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
         return task.last_panel - task.first_panel == panels;
       });
   if (rank() && !in_tasks) {
-    counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
-      GatherRows(inputs_.x, group.blocks[i], scratch);
-      LowRankOfInput(group, group.blocks[i], out, scratch);
-    });
+    counters().ForEach(CounterOf(counter + kLowRankOfX, 0), group.blocks.size(),
+                       [&](int64_t i) {
+                         GatherRows(inputs_.x, group.blocks[i], scratch);
+                         LowRankOfInput(group, group.blocks[i], out, scratch);
+                       });
     if (!worker.Barrier()) return false;
     watch.Lap("x A");
   }
-  counters().ForEach(CounterOf(counter + 1, s), tasks.size(), [&](int64_t i) {
+  counters().ForEach(CounterOf(counter + kGateUp, s), tasks.size(), [&](int64_t i) {
     GatherRows(inputs_.x, tasks[i].rows, scratch);
     if (int8()) {
       kernels_.quantize_rows(scratch.rows, tasks[i].rows.count,
@@ -242,27 +277,28 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   if (!worker.Barrier()) return false;
   watch.Lap("gate, up, SwiGLU");
 
-  if (!hidden_codes_.empty()) {
-    counters().ForEach(CounterOf(counter + 4, s), group.blocks.size(), [&](int64_t i) {
-      const RowBlock& block = group.blocks[i];
-      kernels_.quantize_rows(HiddenRows(hidden_, s, group, block.begin), block.count,
-                             shard(s).width, HiddenCodes(s, group, block.begin));
-    });
+  const bool codes = !hidden_codes_.empty();
+  if (!rank() && !codes) return true;
+  counters().ForEach(
+      CounterOf(counter + kHiddenOperands, s), group.blocks.size(), [&](int64_t i) {
+        const RowBlock& block = group.blocks[i];
+        const SplitRows rows = HiddenRows(hidden_, s, group, block.begin);
+        if (codes) {
+          kernels_.quantize_rows(rows, block.count, shard(s).width,
+                                 HiddenCodes(s, group, block.begin));
+        }
+        if (rank()) {
+          const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
+          LowRank(Contraction::kAlongRows, s, group, block, rows, Slice(s),
+                  {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
+        }
+      });
+  if (rank() &&
+      !SumPartialsPhase(worker, group, counter + kSumHidden, 1, 2, out.low_rank)) {
+    return false;
   }
-  if (rank()) {
-    const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
-    counters().ForEach(CounterOf(counter + 2, s), group.blocks.size(), [&](int64_t i) {
-      const RowBlock& block = group.blocks[i];
-      LowRank(Contraction::kAlongRows, s, group, block,
-              HiddenRows(hidden_, s, group, block.begin), Slice(s), {&factor, 1},
-              out.low_rank, shard_count() > 1, scratch);
-    });
-    if (!SumPartialsPhase(worker, group, counter + 3, 1, 2, out.low_rank)) return false;
-  }
-  if (rank() || !hidden_codes_.empty()) {
-    if (!worker.Barrier()) return false;
-    watch.Lap("h A");
-  }
+  if (!worker.Barrier()) return false;
+  watch.Lap(codes ? "h A, h in 8 bits" : "h A");
   return true;
 }
 

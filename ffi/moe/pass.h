@@ -3,7 +3,6 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
-#include <iterator>
 #include <memory>
 #include <span>
 #include <vector>
@@ -13,52 +12,11 @@
 #include "moe/profile.h"
 #include "moe/routing.h"
 #include "moe/schedule.h"
+#include "moe/scratch.h"
 #include "moe/store.h"
+#include "moe/terms.h"
 
 namespace ktjax {
-
-// A panel in one part, or in two (low is not null).
-struct SplitPanel {
-  bf16* high;
-  bf16* low;
-  SplitPanel operator+(ptrdiff_t offset) const {
-    return {high + offset, low ? low + offset : nullptr};
-  }
-};
-
-// The terms of one product. Operands in two parts multiply as (a + a')(b + b') without
-// a' b', which is below float32's precision.
-class Terms {
- public:
-  void Add(SplitRows a, SplitPanel b, int depth, int first_strip = 0,
-           int strip_step = 1) {
-    AddOne(a.high, a.stride, b.high, depth, first_strip, strip_step);
-    if (a.low) {
-      AddOne(a.high + a.low, a.stride, b.high, depth, first_strip, strip_step);
-    }
-    if (b.low) AddOne(a.high, a.stride, b.low, depth, first_strip, strip_step);
-  }
-  void Add(const Terms& others) {
-    for (int i = 0; i < others.count_; ++i) list_[count_++] = others.list_[i];
-  }
-  // From row `first` of every operand a.
-  Terms From(int first) const {
-    Terms terms = *this;
-    for (int i = 0; i < count_; ++i) terms.list_[i].a += first * list_[i].a_stride;
-    return terms;
-  }
-  const Term* data() const { return list_; }
-  int count() const { return count_; }
-
- private:
-  void AddOne(const bf16* a, ptrdiff_t stride, const bf16* b, int depth,
-              int first_strip, int strip_step) {
-    list_[count_++] = {a, stride, b, depth, first_strip, strip_step};
-  }
-  // grad x: two base operands of two parts and two LoRA ones of three terms.
-  Term list_[10];
-  int count_ = 0;
-};
 
 // One LoRA array of the layer, [experts, rows, columns].
 struct LoRAMatrix {
@@ -98,26 +56,6 @@ struct LowRankFactor {
 // Whether a factor's contraction runs along its rows' elements (A: [rank, in]) or down
 // its columns (B: [out, rank], contracted over out by the backward).
 enum class Contraction { kAlongRows, kDownColumns };
-
-// Rows that a product over tokens (a LoRA gradient) contracts at a time: its panel is
-// 128 KiB then and stays in L2.
-inline constexpr int kMaxGradDepth = 1024;
-
-// Depth pairs that are decoded at a time where they are used at once: 16 KiB stay in
-// L1.
-inline constexpr int kChunkPairs = 64;
-
-// A worker's scratch memory during a job.
-struct Scratch {
-  SplitRows rows;            // packed input rows of a block
-  Int8Rows codes;            // the same, quantised
-  bf16* chunk;               // kChunkPairs decoded depth pairs of a panel
-  SplitPanel panel;          // one transposed or packed panel
-  SplitPanel lora_panel[2];  // panels of a LoRA term
-  bf16* transposed;          // low-rank values with rows and columns exchanged
-  float* tile;               // product tiles
-  float* sums;               // of products over a panel's outputs; a row of sum_
-};
 
 // Where the phases from x to h leave what is needed later. Null gate and up are not
 // kept; their rows are slots, or the rows of the group. low_rank has the group's rows.
@@ -160,6 +98,7 @@ class Pass {
     return static_cast<int>(CeilDiv(geometry_.hidden_padded(), kPanel));
   }
 
+  Scratch MakeScratch(Arena& arena) const;
   // Runs job(worker, scratch) on the pool, with the kernels' thread state set up.
   template <typename Job>
   void Run(Job job);
@@ -169,6 +108,9 @@ class Pass {
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
+  // Prefetching is spread over so many passes through a panel. A kernel with larger
+  // tiles makes fewer, and then fetches what is left at its own rate.
+  static constexpr int kFetchRows = 6;
   // The product of rows with base weights, and what is added to it.
   struct BaseProduct {
     SplitRows rows;
@@ -248,7 +190,7 @@ class Pass {
   // Returns false when another worker has failed.
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
                      const Activations& out, Stopwatch& watch);
-  static constexpr int kHiddenPhases = 5;
+  enum HiddenPhase { kLowRankOfX, kGateUp, kHiddenOperands, kSumHidden, kHiddenPhases };
   // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
   void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
                       const Scratch& scratch) const;
@@ -380,56 +322,11 @@ class Pass {
 
 template <typename Job>
 void Pass::Run(Job job) {
-  const size_t parts = exact() ? 2 : 1;
-  const size_t width = std::max(
-      {geometry_.hidden_padded(), 2 * geometry_.intermediate_padded(), kMaxGradDepth});
-  const size_t stride = geometry_.hidden_padded() + kDepth;
-  const size_t rank_padded = RoundUp(std::max(rank(), 1), kDepth);
-  const size_t expert_rows = RoundUp(std::max(max_expert_rows_, 1), kDepth);
-  const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
-  const size_t panel = sizeof(bf16) * kPanel * width;
-  const size_t lora_panel = sizeof(bf16) * kPanel * rank_padded;
-  const size_t block_rows = std::max(max_block_rows_, 1);
-  const size_t groups = CeilDiv(geometry_.hidden_padded(), Int8Group());
-  const size_t sizes[] = {
-      sizeof(bf16) * parts * stride * block_rows,
-      panel,
-      exact() ? panel : 0,
-      lora_panel,
-      lora_panel,
-      LoRAInTwoParts() ? lora_panel : 0,
-      LoRAInTwoParts() ? lora_panel : 0,
-      sizeof(bf16) * (rank() ? 2 * rank_rows * expert_rows : 0),
-      sizeof(float) * kPanel * std::max<size_t>(rank_rows, kernels_.max_rows),
-      sizeof(float) * (kernels_.contract_outputs ? kMaxContractRows : 1) *
-          (width + kStrip),
-      store_.quantised() ? sizeof(bf16) * kPanel * 2 * kChunkPairs : 0,
-      int8() ? stride * block_rows : 0,
-      int8() ? sizeof(float) * groups * block_rows : 0,
-      int8() ? sizeof(int32_t) * groups * block_rows : 0,
-  };
-  size_t total = 0;
-  for (size_t size : sizes) total += RoundUp(size, 64);
+  Arena counting(nullptr);
+  MakeScratch(counting);
   backend_.pool.Run([&](Worker& worker) {
-    char* memory = static_cast<char*>(worker.Scratch(total));
-    char* part[std::size(sizes)];
-    for (size_t i = 0; i < std::size(sizes); ++i) {
-      part[i] = sizes[i] ? memory : nullptr;
-      memory += RoundUp(sizes[i], 64);
-    }
-    auto values = [&](int i) { return reinterpret_cast<bf16*>(part[i]); };
-    const Scratch scratch{
-        {values(0), static_cast<ptrdiff_t>(parts * stride),
-         exact() ? static_cast<ptrdiff_t>(stride) : 0},
-        {reinterpret_cast<int8_t*>(part[11]), static_cast<ptrdiff_t>(stride),
-         reinterpret_cast<float*>(part[12]), reinterpret_cast<int32_t*>(part[13]),
-         static_cast<ptrdiff_t>(groups), Int8Group()},
-        values(10),
-        {values(1), values(2)},
-        {{values(3), values(5)}, {values(4), values(6)}},
-        values(7),
-        reinterpret_cast<float*>(part[8]),
-        reinterpret_cast<float*>(part[9])};
+    Arena arena(worker.Scratch(counting.used()));
+    const Scratch scratch = MakeScratch(arena);
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }
@@ -442,7 +339,7 @@ void Pass::Run(Job job) {
 template <typename Touch, typename Epilogue>
 void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                     Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  prefetch.Spread(terms.data()[0].depth / 2 * CeilDiv(rows, 6));
+  prefetch.Spread(terms.data()[0].depth / 2 * CeilDiv(rows, kFetchRows));
   ForTiles(kernels_, rows, [&](int first, int count) {
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
@@ -457,7 +354,7 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
                         Prefetch prefetch, Touch touch, Epilogue epilogue) const {
   const auto& [operand, codes, panel, depth, strips, lora] = product;
   if (codes) {
-    prefetch.Spread(depth / 2 * CeilDiv(rows, 6));
+    prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
       for (int row = first; row < first + count; ++row) touch(row);
       kernels_.gemm_int8(store_.encoding().spec(), From(*codes, first), panel.codes,

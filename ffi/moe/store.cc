@@ -63,7 +63,12 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
   CheckDepth(encoding, geometry.intermediate, "down");
   const int count = backend_->pool.config().subpool_count;
   const int padded = geometry_.intermediate_padded();
-  const int unit = std::max(kDepth, encoding.group);
+  // Rows of h are quantised in groups, which should be the same for any number of
+  // sub-pools.
+  const bool integers =
+      encoding.spec().code == Code::kInt8 || encoding.spec().code == Code::kInt4;
+  int unit = std::max(kDepth, encoding.group);
+  if (integers && CeilDiv(padded, kInt8Group) >= count) unit = kInt8Group;
   const int units = static_cast<int>(CeilDiv(padded, unit));
   if (units < count) {
     throw std::invalid_argument(

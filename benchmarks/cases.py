@@ -35,6 +35,8 @@ class Case:
       variant: the formulation, one of `variants`.
       rank: of the adapters; not used by "forward".
       routing: "uniform", or "zipf": expert i is chosen with weight 1 / (i + 1).
+      format: of the base weights, as `benchmarks.formats` reads it; peers: "bf16".
+      compute: "bf16" or "int8", of ktjax's products; peers: "bf16".
     """
 
     shape: Shape
@@ -44,6 +46,17 @@ class Case:
     variant: str
     rank: int = 16
     routing: str = "uniform"
+    format: str = "bf16"
+    compute: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for field in ("format", "compute"):
+            value = getattr(self, field)
+            if self.family != "ktjax" and value != "bf16":
+                raise ValueError(
+                    f"{self.family}: {field}: expected 'bf16', got {value!r}; only "
+                    "ktjax has others"
+                )
 
     @property
     def adapted(self) -> bool:
@@ -63,10 +76,9 @@ class Case:
         return shapes.flops(self.shape, self.tokens, self.pass_name)
 
     @property
-    def traffic(self) -> float:
-        """Bytes of base weights that a call must read, on average."""
-        distinct = np.mean([len(np.unique(batch.ids)) for batch in batches(self)])
-        return shapes.weight_traffic(self.shape, float(distinct), self.pass_name)
+    def distinct_experts(self) -> float:
+        """Experts whose weights a call must read, on average."""
+        return float(np.mean([len(np.unique(batch.ids)) for batch in batches(self)]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; see `from_json`."""
@@ -76,6 +88,11 @@ class Case:
     def from_json(cls, fields: dict[str, Any]) -> Case:
         """The inverse of `to_json`."""
         return cls(**{**fields, "shape": Shape(**fields["shape"])})
+
+
+def pass_label(pass_name: str, compute: str) -> str:
+    """The name of a pass in tables: "forward", or "forward int8"."""
+    return pass_name if compute == "bf16" else f"{pass_name} {compute}"
 
 
 def variants(family: str, pass_name: str, tokens: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ktjax
-from benchmarks import cases
+from benchmarks import cases, formats
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender, Prepared
 from benchmarks.shapes import Shape
@@ -19,25 +20,38 @@ from ktjax.config import PoolConfig
 
 
 class Ktjax(Contender):
-    """bfloat16 x and weights, float32 adapters."""
+    """bfloat16 x, float32 adapters; weights in bfloat16 and the formats asked for."""
 
     def __init__(self, threads: int | None = None):
         self._config = PoolConfig(threads) if threads else None
         self.pool = backend.get_pool(self._config)
-        self._store: ktjax.ExpertStore | None = None
+        self._shape: Shape | None = None
+        self._stores: dict[str, ktjax.ExpertStore] = {}
         self._lora: dict[int, ktjax.LoRA] = {}
 
     def load(self, shape: Shape) -> None:
         self.close()
         self.pool = backend.get_pool(self._config)
-        arrays = dict(cases.weights(shape))
-        self._store = ktjax.ExpertStore.from_arrays(
-            arrays["gate"], arrays["up"], arrays["down"]
-        )
+        self._shape = shape
+        self._add(["bf16"])
+
+    def hold(self, extra: list[str]) -> None:
+        """Keeps the same weights in these formats too, and in no others but bf16.
+
+        Cases prepared in a format that goes must not be run again.
+        """
+        for name in set(self._stores) - {"bf16", *extra}:
+            self._stores.pop(name).close()
+        self._add([name for name in extra if name not in self._stores])
 
     def prepare(self, case: Case) -> Prepared:
-        if self._store is None:
-            raise RuntimeError("prepare: call load first")
+        if case.format not in self._stores:
+            held = ", ".join(self._stores) or "nothing"
+            raise RuntimeError(
+                f"prepare: expected weights in format {case.format!r}, got {held}: "
+                "call load, and hold for formats other than 'bf16'"
+            )
+        store = self._stores[case.format]
         function = _train if case.pass_name == "train" else _forward
         if case.variant not in cases.variants("ktjax", case.pass_name, case.tokens):
             raise ValueError(f"ktjax: no variant {case.variant!r} of {case.pass_name}")
@@ -46,10 +60,11 @@ class Ktjax(Contender):
         for batch in cases.batches(case):
             x, ids, w, grad_y = map(jnp.asarray, batch)
             extra = (grad_y,) if case.pass_name == "train" else ()
-            arguments.append((self._store, lora, x, ids, w, *extra))
+            arguments.append((store, lora, x, ids, w, *extra))
         jax.block_until_ready(arguments)
-        jitted = jax.jit(function, static_argnames="policy")
-        compiled = jitted.lower(*arguments[0], policy=case.variant).compile()
+        options = {"activation_policy": case.variant, "compute": case.compute}
+        jitted = jax.jit(functools.partial(function, options))
+        compiled = jitted.lower(*arguments[0]).compile()
 
         def call(arguments: tuple[Any, ...]) -> Callable[[], Any]:
             return lambda: jax.block_until_ready(compiled(*arguments))
@@ -57,11 +72,29 @@ class Ktjax(Contender):
         return Prepared([call(each) for each in arguments], _named, _result_bytes)
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-        self._store = None
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
+        self._shape = None
         self._lora.clear()
         backend.release_pool()  # and its scratch, so that the next load starts afresh
+
+    def _add(self, names: list[str]) -> None:
+        if self._shape is None:
+            raise RuntimeError("hold: call load first")
+        if not names:
+            return
+        arrays = dict(cases.weights(self._shape))
+        for name in names:
+            encoding = formats.encoding(name)
+            self._stores[name] = ktjax.ExpertStore.from_arrays(
+                arrays["gate"],
+                arrays["up"],
+                arrays["down"],
+                format=encoding.format,
+                group_size=encoding.group_size or None,
+                zero_point=encoding.zero_point,
+            )
 
     def _adapters(self, case: Case) -> ktjax.LoRA:
         if case.rank not in self._lora:
@@ -95,15 +128,13 @@ class Ktjax(Contender):
         return _native.workspace_bytes()
 
 
-def _forward(store, lora, x, ids, w, policy):
-    return ktjax.moe(
-        x, ids, w, store, lora, scaling=cases.SCALING, activation_policy=policy
-    )
+def _forward(options, store, lora, x, ids, w):
+    return ktjax.moe(x, ids, w, store, lora, scaling=cases.SCALING, **options)
 
 
-def _train(store, lora, x, ids, w, grad_y, policy):
+def _train(options, store, lora, x, ids, w, grad_y):
     y, pullback = jax.vjp(
-        lambda x, w, lora: _forward(store, lora, x, ids, w, policy), x, w, lora
+        lambda x, w, lora: _forward(options, store, lora, x, ids, w), x, w, lora
     )
     return y, pullback(grad_y)
 

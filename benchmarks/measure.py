@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import cases, formats, shapes
 from benchmarks.cases import Case
 from benchmarks.worker import Worker, WorkerError
 
@@ -37,12 +38,12 @@ class Entry:
     @property
     def key(self) -> str:
         """Unique in a group."""
-        return key(self.case.pass_name, self.label)
+        return key(cases.pass_label(self.case.pass_name, self.case.compute), self.label)
 
 
-def key(pass_name: str, label: str) -> str:
+def key(pass_label: str, label: str) -> str:
     """How baselines are named."""
-    return f"{pass_name}: {label}"
+    return f"{pass_label}: {label}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Row:
     Attributes:
       median_ms: of all timed calls; the other figures derive from it.
       bf16_peak_share: operations a second over the BF16 peak of the same minutes.
-      weight_gbs: 1e9 bytes a second of base weights (once per sweep: the train step
-        has two).
+      weight_gbs: 1e9 bytes a second of base weights in their format (once per sweep:
+        the train step has two).
       read_bandwidth_share: over the read bandwidth of the same minutes.
       ratio: time over the time of `baseline` in the same round, median over rounds.
     """
@@ -64,6 +65,8 @@ class Row:
     contender: str
     rank: int
     routing: str
+    format: str
+    compute: str
     calls: int
     median_ms: float
     min_ms: float
@@ -133,7 +136,7 @@ def interleave(
     failures: dict[str, str] = {}
     alive = []
     for entry in entries:
-        report(f"{title}: compiling {entry.case.pass_name} {entry.label}")
+        report(f"{title}: compiling {entry.key}")
         try:
             entry.worker.prepare(entry.case)
             entry.worker.run(entry.case, 1)
@@ -169,6 +172,12 @@ def interleave(
     return Group(title, rows, medians, failures)
 
 
+def traffic(case: Case) -> float:
+    """Bytes of base weights, in their format, that a call must read, on average."""
+    expert_bytes = formats.expert_bytes(case.shape, case.format)
+    return shapes.weight_traffic(expert_bytes, case.distinct_experts, case.pass_name)
+
+
 def summarise(
     entry: Entry,
     seconds: list[list[float]],
@@ -180,7 +189,7 @@ def summarise(
     times = [time for turn in seconds for time in turn]
     median = statistics.median(times)
     gflops = case.flops / median / 1e9
-    gbs = case.traffic / median / 1e9
+    gbs = traffic(case) / median / 1e9
     return Row(
         shape=case.shape.name,
         tokens=case.tokens,
@@ -188,6 +197,8 @@ def summarise(
         contender=entry.label,
         rank=case.rank if case.adapted else 0,
         routing=case.routing,
+        format=case.format,
+        compute=case.compute,
         calls=len(times),
         median_ms=1e3 * median,
         min_ms=1e3 * min(times),

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import pass_label
 from benchmarks.measure import Group
 from benchmarks.studies import MEMORY_CALLS, MemoryRow, Profile
 
@@ -77,11 +78,12 @@ def print_group(console: Console, group: Group) -> None:
         table.add_column(name, justify="right")
     previous = None
     for row in group.rows:
-        if previous not in (None, row.pass_name):
+        label = pass_label(row.pass_name, row.compute)
+        if previous not in (None, label):
             table.add_section()
-        previous = row.pass_name
+        previous = label
         table.add_row(
-            row.pass_name,
+            label,
             row.contender,
             f"{row.median_ms:.2f}",
             f"{row.min_ms:.2f}",
@@ -99,7 +101,7 @@ def print_group(console: Console, group: Group) -> None:
 
 def _baselines(group: Group) -> str:
     # "train: ktjax save" is in the rows of its own pass: the name alone says it there.
-    passes = {row.pass_name for row in group.rows}
+    passes = {pass_label(row.pass_name, row.compute) for row in group.rows}
     names = dict.fromkeys(row.baseline for row in group.rows)
     if len(names) == len(passes):
         names = dict.fromkeys(name.partition(": ")[2] for name in names)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks import cases, report, shapes, studies
+from benchmarks import cases, formats, report, shapes, studies
 from benchmarks.report import Report
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.worker import Worker, WorkerError, installed
@@ -29,6 +29,15 @@ def _names(allowed: Sequence[str]):
         return names
 
     return parse
+
+
+def _formats(text: str) -> list[str]:
+    try:
+        names = [formats.canonical(name) for name in text.split(",") if name]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    # bfloat16 is what the others are compared with, and always there.
+    return [name for name in dict.fromkeys(names) if name != "bf16"]
 
 
 def _positive(text: str) -> int:
@@ -70,7 +79,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=_names(studies.STUDIES),
         default="table",
         help="table; skew: Zipf against uniform routing; lora: cost of adapters; "
-        "threads: 1 against all; memory: of a train step; profile: seconds by phase",
+        "formats: quantised weights against bfloat16; threads: 1 against all; "
+        "memory: of a train step; profile: seconds by phase",
+    )
+    parser.add_argument(
+        "--formats",
+        type=_formats,
+        default="int8,int4,int4_kgroup/128,int4_kgroup/32,fp8_block,rawint4,mxfp4",
+        help="of the study of that name, default %(default)s: NAME, NAME/GROUP_SIZE, "
+        "or NAME/GROUP_SIZE/z with zero points",
     )
     parser.add_argument(
         "--profile", action="store_true", help="short for adding profile to --studies"
@@ -80,7 +97,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=_positive, help="more is steadier")
     parser.add_argument("--json", type=pathlib.Path, help="write everything here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    timed = studies.STORAGE_COMPUTES
+    if "formats" in options.studies and not timed.keys() & set(options.passes):
+        parser.error(
+            f"--studies formats: expected some of {','.join(timed)} in --passes, got "
+            f"{','.join(options.passes)!r}"
+        )
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,6 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             held = ["ktjax", *(families or ["ktjax"] * ("threads" in options.studies))]
             available = shapes.available_memory()
             shapes.check_memory(shape, held, options.rank, available)
+            if "formats" in options.studies:
+                # The peers' weights are gone by then.
+                for name in options.formats:
+                    formats.check_sizes(shape, name)
+                stored = sum(formats.expert_bytes(shape, f) for f in options.formats)
+                shapes.check_memory(shape, ["ktjax"], options.rank, available, stored)
     except (ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")
     with contextlib.ExitStack() as stack, console.status("starting") as status:
@@ -111,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             routing=options.routing,
             rounds=options.rounds,
             ragged="ragged" in options.peers,
+            formats=options.formats,
             report=status.update,
         )
         ktjax = stack.enter_context(Worker("ktjax"))
@@ -157,6 +188,12 @@ def _run_shape(
             show(studies.skew(plan, shape, tokens, ktjax))
         if "lora" in wanted:
             show(studies.lora(plan, shape, tokens, ktjax))
+    if "formats" in wanted:
+        plan.report(f"{shape.name}: quantising weights")
+        ktjax.ask("hold", extra=options.formats)
+        for tokens in options.tokens:
+            show(studies.storage(plan, shape, tokens, ktjax))
+        ktjax.ask("hold", extra=[])
     if "threads" in wanted:
         with Worker("ktjax", threads=1) as single:
             single.load(shape)

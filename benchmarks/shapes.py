@@ -91,9 +91,9 @@ def flops(shape: Shape, tokens: int, pass_name: str) -> int:
     return forward * _sweeps(pass_name)
 
 
-def weight_traffic(shape: Shape, distinct_experts: float, pass_name: str) -> float:
-    """Bytes of bfloat16 base weights that must be read: once per sweep and expert."""
-    return BF16_BYTES * distinct_experts * shape.expert_values * _sweeps(pass_name)
+def weight_traffic(expert_bytes: int, distinct_experts: float, pass_name: str) -> float:
+    """Bytes of base weights that must be read: once per sweep and expert."""
+    return expert_bytes * distinct_experts * _sweeps(pass_name)
 
 
 def _sweeps(pass_name: str) -> int:
@@ -107,16 +107,28 @@ def _sweeps(pass_name: str) -> int:
 # bfloat16 source and a transposed projection; torch gate and up beside their
 # concatenation.
 COPIES = {"ktjax": 2.1, "xla": 3.7, "torch": 1.7}
+# What packing may add to a store in another format.
+STORE_PADDING = 1.1
 # Activations, gradients, scratch and the interpreters.
 HEADROOM_BYTES = 3 * 10**9
 
 
-def memory_needed(shape: Shape, families: list[str], rank: int) -> float:
-    """Bytes that the processes of these contenders need together."""
+def memory_needed(
+    shape: Shape, families: list[str], rank: int, stored: int = 0
+) -> float:
+    """Bytes that the processes of these contenders need together.
+
+    Args:
+      shape: the layer.
+      families: a process each.
+      rank: of the adapters.
+      stored: bytes an expert of further stores, beside the one in bfloat16.
+    """
     copies = sum(COPIES[family] for family in families)
     # Adapters and their gradients.
     lora = 2 * len(families) * shape.lora_bytes(rank)
-    return copies * shape.weight_bytes + lora + HEADROOM_BYTES
+    stores = STORE_PADDING * stored * shape.experts
+    return copies * shape.weight_bytes + stores + lora + HEADROOM_BYTES
 
 
 def available_memory() -> int:
@@ -128,23 +140,27 @@ def available_memory() -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable: Linux 3.14 or later needed")
 
 
-def check_memory(shape: Shape, families: list[str], rank: int, available: int) -> None:
-    """Refuses what would not fit.
+def check_memory(
+    shape: Shape, families: list[str], rank: int, available: int, stored: int = 0
+) -> None:
+    """Refuses what would not fit; arguments as `memory_needed`.
 
     Raises:
       MemoryError: with how much is needed and how many experts would fit.
     """
-    needed = memory_needed(shape, families, rank)
+    needed = memory_needed(shape, families, rank, stored)
     if needed <= available:
         return
     fits = [
         experts
         for experts in range(shape.k, shape.experts)
-        if memory_needed(shape.capped(experts), families, rank) <= available
+        if memory_needed(shape.capped(experts), families, rank, stored) <= available
     ]
     cap = f"--experts {max(fits)} or fewer" if fits else "a smaller shape"
+    holders = ", ".join(families) + (" in all formats" if stored else "")
+    fewer = "--formats" if stored else "--peers"
     raise MemoryError(
         f"shape {shape.name} ({shape.model}, {shape.experts} experts) needs about "
-        f"{needed / 1e9:.0f} GB for {', '.join(families)}, and {available / 1e9:.0f} "
-        f"GB are available: take {cap}, or fewer --peers"
+        f"{needed / 1e9:.0f} GB for {holders}, and {available / 1e9:.0f} "
+        f"GB are available: take {cap}, or fewer {fewer}"
     )

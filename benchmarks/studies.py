@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks import cases
+from benchmarks import cases, formats
 from benchmarks.cases import Case
 from benchmarks.measure import Entry, Group, interleave, key
 from benchmarks.shapes import Shape
 from benchmarks.worker import Worker
 
-STUDIES = ("table", "skew", "lora", "threads", "memory", "profile")
+STUDIES = ("table", "skew", "lora", "formats", "threads", "memory", "profile")
 LORA_RANKS = (16, 64)
+# Of the study of formats: its passes, and the arithmetic that each is timed with.
+STORAGE_COMPUTES = {"forward": ("bf16", "int8"), "train": ("bf16",)}
 # Calls of a pass that a profile is averaged over.
 PROFILED_CALLS = 3
 MEMORY_CALLS = 3
@@ -28,6 +30,7 @@ class Plan:
       routing: of the main table.
       rounds: None for as many as the tokens suggest.
       ragged: whether XLA also runs `lax.ragged_dot`.
+      formats: of the study of that name, beside "bf16".
       report: is told what goes on.
     """
 
@@ -36,6 +39,7 @@ class Plan:
     routing: str
     rounds: int | None
     ragged: bool
+    formats: Sequence[str]
     report: Callable[[str], None]
 
 
@@ -120,6 +124,30 @@ def lora(plan: Plan, shape: Shape, tokens: int, ktjax: Worker) -> Group:
         case = dataclasses.replace(case, pass_name="lora", rank=rank)
         entries.append(Entry(f"ktjax, rank {rank}", ktjax, case, baseline))
     return _interleave(plan, f"{_title(shape, tokens)}, LoRA", entries, ktjax)
+
+
+def storage(plan: Plan, shape: Shape, tokens: int, ktjax: Worker) -> Group:
+    """Formats against bfloat16; the worker holds the plan's formats.
+
+    Forwards also with activations in int8, where a format allows it: "forward int8",
+    over the time of the bfloat16 forward.
+    """
+    names = ["bf16", *plan.formats]
+    by_compute = {
+        "bf16": names,
+        "int8": [name for name in names if formats.encoding(name).spec.int8_compute],
+    }
+    entries = []
+    for pass_name in plan.passes:
+        if pass_name not in STORAGE_COMPUTES:
+            continue
+        case = _case(plan, shape, tokens, pass_name, "ktjax", "save")
+        for compute in STORAGE_COMPUTES[pass_name]:
+            for name in by_compute[compute]:
+                stored = dataclasses.replace(case, format=name, compute=compute)
+                entries.append(Entry(name, ktjax, stored, key(pass_name, "bf16")))
+    title = f"{_title(shape, tokens, plan.routing)}, formats"
+    return _interleave(plan, title, entries, ktjax)
 
 
 def threads(

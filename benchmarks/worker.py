@@ -190,7 +190,7 @@ class _Server:
         return {"first": peaks[0], "peak": peaks[-1], "results": results}
 
     def __getattr__(self, name: str) -> Any:
-        # What only ktjax has: peaks, facts, profile, workspace_bytes.
+        # What only ktjax has: peaks, hold, facts, profile, workspace_bytes.
         return getattr(self._contender, name)
 
 

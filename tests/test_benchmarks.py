@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from moe_cases import TOLERANCES
 
 import ktjax
-from benchmarks import cases, contenders, measure, run, shapes
+from benchmarks import cases, contenders, formats, measure, run, shapes
 from benchmarks.cases import Case
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.worker import Worker, WorkerError
@@ -35,10 +37,54 @@ def test_flops_of_a_known_layer():
 def test_bytes_of_a_known_layer():
     s1 = SHAPES["S1"]
     assert s1.weight_bytes == 1_207_959_552  # 128 x 3 x 2048 x 768 x 2
-    assert shapes.weight_traffic(s1, 8, "forward") == 75_497_472
-    assert shapes.weight_traffic(s1, 8, "train") == 150_994_944
+    assert formats.expert_bytes(s1, "bf16") == 9_437_184
+    assert shapes.weight_traffic(9_437_184, 8, "forward") == 75_497_472
+    assert shapes.weight_traffic(9_437_184, 8, "train") == 150_994_944
     # (3 x 2048 + 3 x 768) x 16 x 128 x 4
     assert s1.lora_bytes(16) == 69_206_016
+
+
+# An expert of S1 is 4_718_592 weights, in 2 x 768 rows of 2048 and 2048 rows of 768.
+@pytest.mark.parametrize(
+    ("name", "codes", "scales"),
+    [
+        ("int8", 4_718_592, 4 * (2 * 768 + 2048)),
+        ("int4", 2_359_296, 4 * (2 * 768 + 2048)),
+        ("int4_kgroup/128", 2_359_296, 4 * 36_864),
+        ("int4_kgroup/32", 2_359_296, 4 * 147_456),
+        ("int4_kgroup/32/z", 2_359_296, (4 + 1) * 147_456),
+        ("fp8_block", 4_718_592, 4 * 3 * 6 * 16),
+        ("rawint4", 2_359_296, 2 * 147_456),
+        ("mxfp4", 2_359_296, 147_456),
+    ],
+)
+def test_bytes_of_a_format_are_codes_scales_and_zeros(name, codes, scales):
+    assert formats.expert_bytes(SHAPES["S1"], name) == codes + scales
+
+
+def test_a_format_is_read_with_its_group_size_and_zero_points():
+    assert formats.encoding("int4_kgroup/32/z") == ("int4_kgroup", 32, True)
+    assert formats.encoding("int4_kgroup/64") == ("int4_kgroup", 64, False)
+    assert formats.canonical("int4_kgroup") == "int4_kgroup/128"
+    for name in ("int8", "mxfp4", "int4_kgroup/32/z"):
+        assert formats.canonical(name) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int5", "got 'int5'"),
+        ("int4/32", "expected None for format 'int4', got 32"),
+        ("int4_kgroup/48", "expected one of .*, got 48"),
+        ("int4_kgroup/z", "expected NAME, .* got 'int4_kgroup/z'"),
+    ],
+)
+def test_a_format_that_is_not_there_is_an_error(text, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        formats.encoding(text)
+    with pytest.raises(SystemExit):
+        run.parse(["--formats", f"int8,{text}"])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_sizes_of_the_table_are_those_of_the_models():
@@ -62,6 +108,15 @@ def test_a_layer_that_does_not_fit_is_refused_with_what_would():
     shapes.check_memory(big.capped(experts), families, 16, available)
     with pytest.raises(MemoryError):
         shapes.check_memory(big.capped(experts + 1), families, 16, available)
+
+
+def test_stores_of_further_formats_count_as_memory():
+    s1, available = SHAPES["S1"], 7 * 10**9
+    shapes.check_memory(s1, ["ktjax"], 16, available)
+    stored = 2 * formats.expert_bytes(s1, "int8")
+    message = r"GB for ktjax in all formats, .*--experts (\d+) .*fewer --formats"
+    with pytest.raises(MemoryError, match=message):
+        shapes.check_memory(s1, ["ktjax"], 16, available, stored)
 
 
 def test_a_capped_layer_says_so():
@@ -103,20 +158,37 @@ def test_decode_steps_use_other_experts():
 def test_a_case_survives_json():
     case = Case(TINY, 3, "train", "xla", "padded f32", rank=4, routing="zipf")
     assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+    case = Case(TINY, 3, "train", "ktjax", "save", format="int4", compute="int8")
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+def test_peers_have_no_other_formats():
+    with pytest.raises(ValueError, match="xla: format: expected 'bf16', got 'int8'"):
+        Case(TINY, 3, "forward", "xla", "scan f32", format="int8")
+    with pytest.raises(ValueError, match="torch: compute: expected 'bf16'"):
+        Case(TINY, 3, "forward", "torch", "loop", compute="int8")
 
 
 def test_traffic_counts_distinct_experts():
     case = Case(TINY, 50, "train", "ktjax", "save")
-    assert case.traffic == 2 * TINY.weight_bytes  # 100 draws of 8: all of them
+    # 100 draws of 8: all of them.
+    assert measure.traffic(case) == 2 * TINY.weight_bytes
     decode = Case(TINY, 1, "forward", "ktjax", "save")
-    assert decode.traffic == TINY.weight_bytes / 4
+    assert measure.traffic(decode) == TINY.weight_bytes / 4
+    decode = dataclasses.replace(decode, format="int4")
+    assert measure.traffic(decode) == 2 * formats.expert_bytes(TINY, "int4")
 
 
 @functools.cache
-def reference(tokens: int, pass_name: str) -> dict[str, np.ndarray]:
+def reference(tokens: int, pass_name: str, format: str) -> dict[str, np.ndarray]:
     """y, and for "train" all gradients, in float32, of the last batch."""
     batch = cases.batches(Case(TINY, tokens, pass_name, "ktjax", "save"))[-1]
-    base = [jnp.asarray(array, jnp.float32) for _, array in cases.weights(TINY)]
+    name, group_size, zero_point = formats.encoding(format)
+    options = {"group_size": group_size or None, "zero_point": zero_point}
+    base = [
+        ktjax.quant.decode(ktjax.quant.encode(array, name, **options), name)
+        for _, array in cases.weights(TINY)
+    ]
     lora = None
     if pass_name != "forward":
         lora = ktjax.LoRA(**cases.lora(TINY, RANK))
@@ -144,6 +216,10 @@ def reference(tokens: int, pass_name: str) -> dict[str, np.ndarray]:
 # XLA: float32 sums of up to 64 terms in another order, times the condition of a sum.
 # torch: every product, sum and slot is rounded to bfloat16 by 2^-9, and a few dozen
 # independent roundings come together: sqrt(64) * 2^-9.
+# int8: x and h are rounded in steps of amax / 127. For 64 normal numbers, or 32
+# products of two, amax is within 6 times their root mean square: 6 / 127 / sqrt(12) =
+# 0.014 an operand. gate, up and down have one each, with independent errors.
+INT8_LIMIT = 3**0.5 * 0.014
 LIMITS = {"ktjax": TOLERANCES["bfloat16"], "xla": 1e-4, "torch": 2**-6}
 
 
@@ -166,16 +242,41 @@ def test_contenders_compute_the_same(use_pool, family):
         contender.close()
 
 
+STORED = ["int8", "int4_kgroup/32/z", "mxfp4"]
+
+
+def test_ktjax_computes_the_same_in_each_format(use_pool):
+    use_pool()
+    contender = contenders.create("ktjax")
+    try:
+        contender.load(TINY)
+        contender.hold(STORED)
+        for format in STORED:
+            case = Case(TINY, 9, "train", "ktjax", "save", RANK, format=format)
+            check_results(case, contender.prepare(case))
+            if formats.encoding(format).spec.int8_compute:
+                case = Case(TINY, 9, "forward", "ktjax", "save", format=format)
+                case = dataclasses.replace(case, compute="int8")
+                check_results(case, contender.prepare(case))
+        contender.hold(["mxfp4"])
+        case = Case(TINY, 9, "forward", "ktjax", "save", format="int8")
+        with pytest.raises(RuntimeError, match="format 'int8', got bf16, mxfp4"):
+            contender.prepare(case)
+    finally:
+        contender.close()
+
+
 def check_results(case: Case, prepared: contenders.Prepared) -> None:
     assert len(prepared.calls) == len(cases.batches(case))
     got = prepared.named(prepared.calls[-1]())
-    want = reference(case.tokens, case.pass_name)
+    want = reference(case.tokens, case.pass_name, case.format)
     assert got.keys() == want.keys()
     for name, expected in want.items():
         assert got[name].shape == expected.shape, (case, name)
         error = np.linalg.norm(got[name] - expected) / np.linalg.norm(expected)
         # Two numbers may both have cancelled, and keep the errors of their terms.
-        limit = LIMITS[case.family] * (4 if expected.size < 8 else 1)
+        limit = INT8_LIMIT if case.compute == "int8" else LIMITS[case.family]
+        limit *= 4 if expected.size < 8 else 1
         assert error <= limit, f"{case.label} {case.pass_name} {name}: {error:.2e}"
 
 
@@ -263,14 +364,15 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     run.main(
         "--shapes tiny --tokens 40 --passes forward,train --peers xla --rounds 1 "
-        f"--studies table,skew,lora,threads,memory --profile --json {path}".split()
+        "--studies table,skew,lora,formats,threads,memory --formats int4,mxfp4 "
+        f"--profile --json {path}".split()
     )
     printed = capsys.readouterr().out
     found = json.loads(path.read_text())
     assert found["schema"] == 1
     assert found["machine"]["pool_threads"] >= 1
     titles = [group["title"] for group in found["groups"]]
-    assert len(titles) == 4
+    assert len(titles) == 5
     for title in titles:
         assert title in printed
 
@@ -289,8 +391,24 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
             work = shapes.flops(TINY, 40, row["pass_name"])
             assert row["gflops"] == pytest.approx(work / row["median_ms"] / 1e6)
             assert 0 < row["min_ms"] <= row["median_ms"]
-            mine = f"{row['pass_name']}: {row['contender']}" == row["baseline"]
+            label = cases.pass_label(row["pass_name"], row["compute"])
+            mine = f"{label}: {row['contender']}" == row["baseline"]
             assert not mine or row["ratio"] == 1
+
+    (storage,) = (g for g in found["groups"] if g["title"].endswith("formats"))
+    names = ("bf16", "int4", "mxfp4")
+    assert [(r["pass_name"], r["compute"], r["format"]) for r in storage["rows"]] == [
+        *[("forward", "bf16", name) for name in names],
+        ("forward", "int8", "int4"),
+        *[("train", "bf16", name) for name in names],
+    ]
+    for row in storage["rows"]:
+        assert row["baseline"] == f"{row['pass_name']}: bf16"
+        traffic = 8 * formats.expert_bytes(TINY, row["format"])
+        assert row["weight_gbs"] == pytest.approx(
+            traffic * (2 if row["pass_name"] == "train" else 1) / row["median_ms"] / 1e6
+        )
+    assert "forward int8" in printed
 
     results = 2 * 40 * 64 * 2 + 40 * 2 * 4 + TINY.lora_bytes(16)
     by_name = {row["contender"]: row for row in found["memory"]}
@@ -308,6 +426,19 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
 
 
 XLA = ("xla padded f32", "xla scan f32")
+
+
+def test_formats_need_a_pass_that_they_are_timed_in(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--studies", "formats", "--passes", "lora"])
+    assert "expected some of forward,train in --passes" in capsys.readouterr().err
+
+
+def test_groups_that_do_not_divide_a_layer_end_the_run(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    command = "--shapes tiny --studies formats --formats int4_kgroup/64 --peers"
+    with pytest.raises(SystemExit, match=r"shape tiny: intermediate: .* got 32"):
+        run.main([*command.split(), ""])
 
 
 def test_an_unknown_shape_is_an_error(capsys):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from ktjax.models.attention import Attention, KVCache, Positions, rotary
 from ktjax.models.config import ModelConfig
-from ktjax.nn import GatedMLP, MoELayer, Routing, load_balancing_loss
+from ktjax.nn import GatedMLP, MoELayer, Routing, RoutingRule, load_balancing_loss
 from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
 
@@ -68,7 +68,7 @@ class DecoderLayer(nnx.Module):
                 hidden_size=hidden,
                 num_experts=config.num_experts,
                 num_experts_per_tok=config.num_experts_per_tok,
-                normalize=config.norm_topk_prob,
+                rule=RoutingRule(normalize=config.norm_topk_prob),
                 dtype=dtype,
                 rngs=rngs,
             )

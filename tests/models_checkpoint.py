@@ -37,6 +37,8 @@ _YARN = {
 }
 _DEEPSEEK = _COMMON | {
     "num_hidden_layers": 3,
+    # More than groups: otherwise the best experts always lie in the best groups.
+    "num_experts_per_tok": 3,
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,

@@ -181,7 +181,8 @@ def test_routing_statistics(pair, ids):
     assert len(routings) == len(ours.moe_layers()) > 0
     for routing in routings:
         np.testing.assert_allclose(np.sum(routing.probability), 1.0, rtol=1e-5)
-        np.testing.assert_allclose(np.sum(routing.load), 2.0, rtol=1e-5)
+        k = ours.config.num_experts_per_tok
+        np.testing.assert_allclose(np.sum(routing.load), k, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,6 +284,15 @@ def test_config_errors_name_the_feature(family, change, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as caught:
         ModelConfig.from_pretrained(tmp_path)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "dim", "theta"), [("glm4_moe", 16, 1e4), ("mixtral", 16, 1e6)]
+)
+def test_rope_defaults_are_the_family_s(family, dim, theta):
+    raw = make_model(family=family).config.to_dict()
+    rope = ModelConfig.from_dict({**raw, "rope_parameters": None}).rope
+    assert (rope.dim, rope.theta) == (dim, theta)
 
 
 def test_the_latent_rank_of_queries_must_be_said(tmp_path):

@@ -36,7 +36,6 @@ _YARN = {
     "mscale_all_dim": 0.7,
 }
 _DEEPSEEK = _COMMON | {
-    "num_hidden_layers": 3,
     # More than groups: otherwise the best experts always lie in the best groups.
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 32,

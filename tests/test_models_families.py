@@ -197,9 +197,9 @@ def test_training_changes_the_adapters_alone_and_learns(family, tmp_path):
     ]
     for example in examples:
         example.ids[example.learn] = 7
-    config = make_config(steps=8, router_aux_weight=0.01)
+    config = make_config(steps=8, learning_rate=3e-2, router_aux_weight=0.01)
     result = fit(model, examples, [], config, tmp_path / "run", Silent())
-    assert result.losses[-1] < 0.8 * result.losses[0]
+    assert result.losses[-1] < 0.5 * result.losses[0]
     after = jax.tree.map(np.array, nnx.split(model, nnx.LoRAParam, ...)[1:])
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
     assert all(jax.tree.leaves(changed[0]))

@@ -218,13 +218,23 @@ def test_lora_equals_merged_weights(theirs, path, ids, tmp_path):
         ({"model_type": "llama"}, "model_type 'llama' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "of type 'linear' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "of type 'llama3' is not"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is mi"),
+        ({"rope_scaling": {"type": "yarn"}}, "contradict each other"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not"),
+        ({"layer_types": ["sliding_attention"]}, "'sliding_attention' is not"),
+        ({"head_dim": 31}, "must be even, got 31"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers must be integers from 0"),
         (
             {"quantization_config": {"bits": 4}},
             "quantization_config = .* not supported",
         ),
-        ({"num_experts_per_tok": 7}, "num_experts_per_tok = 7 is more than"),
+        (
+            {"num_experts_per_tok": 7},
+            "num_experts_per_tok = 7 must be 1 to num_experts = 6",
+        ),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": -1}, "vocab_size must be positive, got -1"),
@@ -242,12 +252,13 @@ def test_config_errors_name_the_feature(path, tmp_path, change, message):
 
 def test_config_reads_both_forms_of_rope(path):
     config = ModelConfig.from_pretrained(path)
-    assert config.rope_theta == SIZES["rope_theta"]
+    assert config.rope.theta == SIZES["rope_theta"]
     assert config.eos_token_ids == (1,)
     raw = json.loads((path / "config.json").read_text())
     del raw["rope_parameters"]
     old = ModelConfig.from_dict({**raw, "rope_theta": 123.0})
-    assert old == dataclasses.replace(config, rope_theta=123.0)
+    rope = dataclasses.replace(config.rope, theta=123.0)
+    assert old == dataclasses.replace(config, rope=rope)
 
 
 def test_loading_errors(path, tmp_path):

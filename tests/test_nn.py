@@ -16,9 +16,11 @@ from flax.nnx import bridge
 import ktjax
 from ktjax.experts import KTMoEWrapper
 from ktjax.nn import (
+    CorrectionBias,
     MoELayer,
     ReferenceExperts,
     RoutedExperts,
+    RoutingRule,
     StoreHandle,
     TopKRouter,
     load_balancing_loss,
@@ -147,22 +149,64 @@ def test_the_handle_is_neither_param_nor_lora(store):
     assert len(jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))) == 6
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_router_against_numpy(x, normalize):
-    router = TopKRouter(HIDDEN, EXPERTS, K, normalize=normalize, rngs=nnx.Rngs(0))
-    ids, w, routing = router(x)
+def route_in_numpy(logits, bias, rule, k):
+    """One token: the chosen experts in any order, their weights by expert."""
+    if rule.scores == "softmax":
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+    else:
+        scores = 1 / (1 + np.exp(-logits))
+    choice = scores + bias
+    size = len(scores) // rule.groups
+    worth = [
+        np.sort(choice[at : at + size])[-rule.group_top :].sum()
+        for at in range(0, len(scores), size)
+    ]
+    best = np.argsort(worth)[-rule.groups_per_tok :]
+    allowed = np.isin(np.arange(len(scores)) // size, best)
+    ids = np.argsort(np.where(allowed, choice, -np.inf))[-k:]
+    w = scores[ids] / scores[ids].sum() if rule.normalize else scores[ids]
+    weights = np.zeros_like(scores)
+    weights[ids] = w * rule.scaling
+    return set(ids), weights, scores / scores.sum()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RoutingRule(),
+        RoutingRule(normalize=False),
+        RoutingRule(normalize=False, groups=4, groups_per_tok=2, scaling=16.0),
+        RoutingRule("sigmoid", normalize=False),
+        RoutingRule("sigmoid", True, 4, 2, 2, scaling=2.5),
+    ],
+    ids=str,
+)
+def test_router_against_numpy(x, rule):
+    experts, k = 8, 3
+    router = TopKRouter(HIDDEN, experts, k, rule=rule, rngs=nnx.Rngs(0))
+    bias = np.zeros(experts)
+    if rule.correction_bias:
+        bias = 0.5 * np.random.default_rng(0).normal(size=experts)
+        router.bias.set_value(jnp.asarray(bias, jnp.float32))
+    ids, w, routing = jax.tree.map(np.asarray, router(x))
     logits = np.asarray(x, np.float64) @ np.asarray(router.gate.kernel[...], np.float64)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    want_ids = np.argsort(-p, axis=-1)[..., :K]
-    want_w = np.take_along_axis(p, want_ids, -1)
-    if normalize:
-        want_w /= want_w.sum(-1, keepdims=True)
-    np.testing.assert_array_equal(ids, want_ids)
-    np.testing.assert_allclose(w, want_w, rtol=1e-5)
-    counts = np.bincount(want_ids.ravel(), minlength=EXPERTS) / 15
-    np.testing.assert_allclose(routing.load, counts, rtol=1e-6)
-    np.testing.assert_allclose(routing.probability, p.mean((0, 1)), rtol=1e-5)
+    counts, probabilities = np.zeros(experts), np.zeros(experts)
+    for token in np.ndindex(logits.shape[:-1]):
+        chosen, weights, p = route_in_numpy(logits[token], bias, rule, k)
+        assert set(ids[token]) == chosen
+        np.testing.assert_allclose(w[token], weights[ids[token]], rtol=1e-5)
+        counts[ids[token]] += 1 / 15
+        probabilities += p / 15
+    np.testing.assert_allclose(routing.load, counts, rtol=1e-5)
+    np.testing.assert_allclose(routing.probability, probabilities, rtol=1e-5)
+
+
+def test_the_correction_bias_is_float32_and_not_trained(store):
+    layer = make_layer(make_experts(store), rule=RoutingRule(correction_bias=True))
+    (bias,) = jax.tree.leaves(nnx.state(layer, CorrectionBias))
+    assert (bias.shape, bias.dtype) == ((EXPERTS,), jnp.float32)
+    assert "bias" not in nnx.state(layer, nnx.Param)["router"]
 
 
 def test_masked_tokens_do_not_count(store, x):
@@ -375,8 +419,16 @@ def test_bfloat16_tokens_stay_bfloat16(store, x):
 
 
 def test_errors(store):
-    with pytest.raises(ValueError, match="1 to num_experts = 4, got 5"):
-        TopKRouter(HIDDEN, 4, 5, rngs=nnx.Rngs(0))
+    for k, rule, message in (
+        (5, {}, "num_experts_per_tok = 5 must be 1 to num_experts = 4"),
+        (2, {"groups": 3}, "must be a multiple of groups = 3"),
+        (2, {"groups": 4}, r"more than the 1 \* 1 experts of the chosen groups"),
+        (1, {"groups": 4, "group_top": 2}, "group_top = 2 is more than the 1 experts"),
+        (2, {"groups": 2, "groups_per_tok": 3}, "1 to groups = 2, got 3"),
+        (2, {"scores": "relu"}, "softmax or sigmoid, got 'relu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TopKRouter(HIDDEN, 4, k, rule=RoutingRule(**rule), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="1 to 256, got 0"):
         RoutedExperts(store, lora_rank=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="needs rngs"):

@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ktjax.models.attention import Attention, KVCache, Positions, rotary
+from ktjax.models.attention import (
+    GQAConfig,
+    GroupedQueryAttention,
+    KVCache,
+    LayerCache,
+    Positions,
+    rms_norm,
+)
 from ktjax.models.config import ModelConfig
+from ktjax.models.latent_attention import LatentAttention, MLAConfig
 from ktjax.nn import GatedMLP, MoELayer, Routing, load_balancing_loss
 from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
@@ -46,20 +54,12 @@ class DecoderLayer(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
-        hidden = config.hidden_size
-
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(
-                hidden,
-                epsilon=config.rms_norm_eps,
-                dtype=dtype,
-                param_dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.input_norm = norm()
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_norm = norm()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = rms_norm(hidden, eps, dtype, rngs)
+        self.attention = _make_attention(
+            hidden, config.attention, dtype=dtype, rngs=rngs
+        )
+        self.post_attention_norm = rms_norm(hidden, eps, dtype, rngs)
         self.mlp = (
             GatedMLP(hidden, config.intermediate_size, dtype=dtype, rngs=rngs)
             if experts is None
@@ -68,7 +68,9 @@ class DecoderLayer(nnx.Module):
                 hidden_size=hidden,
                 num_experts=config.num_experts,
                 num_experts_per_tok=config.num_experts_per_tok,
-                normalize=config.norm_topk_prob,
+                rule=config.routing,
+                shared_intermediate_size=config.shared_intermediate_size,
+                gate_shared=config.gate_shared,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -79,8 +81,8 @@ class DecoderLayer(nnx.Module):
         x: Array,
         positions: Positions,
         token_mask: Array | None,
-        cache: tuple[Array, Array] | None,
-    ) -> tuple[Array, Routing | None, tuple[Array, Array] | None]:
+        cache: LayerCache | None,
+    ) -> tuple[Array, Routing | None, LayerCache | None]:
         """x `[batch, sequence, hidden]` -> the same, the routing, the layer's cache."""
         attended, cache = self.attention(self.input_norm(x), positions, cache)
         x = x + attended
@@ -91,8 +93,16 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(normed), None, cache
 
 
+def _make_attention(
+    hidden_size: int, config: GQAConfig | MLAConfig, *, dtype: Any, rngs: nnx.Rngs
+) -> GroupedQueryAttention | LatentAttention:
+    if isinstance(config, MLAConfig):
+        return LatentAttention(hidden_size, config, dtype=dtype, rngs=rngs)
+    return GroupedQueryAttention(hidden_size, config, dtype=dtype, rngs=rngs)
+
+
 class Decoder(nnx.Module):
-    """A causal language model (Qwen3-MoE).
+    """A causal language model of one of the families in `ktjax.models.families`.
 
     Attributes:
       config: its geometry.
@@ -134,13 +144,7 @@ class Decoder(nnx.Module):
             )
             for index in range(config.num_hidden_layers)
         )
-        self.norm = nnx.RMSNorm(
-            config.hidden_size,
-            epsilon=config.rms_norm_eps,
-            dtype=dtype,
-            param_dtype=dtype,
-            rngs=rngs,
-        )
+        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype, rngs)
         self.head = (
             nnx.data(None)
             if config.tie_word_embeddings
@@ -165,7 +169,7 @@ class Decoder(nnx.Module):
             segment only. Segment 0 is padding: its tokens skip the experts and count in
             no routing average. With a cache only "0 or not" matters: a row is one
             sequence.
-          cache: keys and values of earlier tokens; a token sees the slots up to its
+          cache: what is kept of earlier tokens; a token sees the slots up to its
             position.
 
         Raises:
@@ -181,19 +185,15 @@ class Decoder(nnx.Module):
         token_mask = None if segment_ids is None else segment_ids != 0
         x = self.embed(input_ids)
         routings: list[Routing] = []
-        keys: list[Array] = []
-        values: list[Array] = []
+        layers: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
-            layer_cache = (
-                None if cache is None else (cache.keys[index], cache.values[index])
-            )
+            layer_cache = None if cache is None else cache.layers[index]
             x, routing, layer_cache = layer(x, where, token_mask, layer_cache)
             if routing is not None:
                 routings.append(routing)
             if layer_cache is not None:
-                keys.append(layer_cache[0])
-                values.append(layer_cache[1])
-        updated = None if cache is None else KVCache(tuple(keys), tuple(values))
+                layers.append(layer_cache)
+        updated = None if cache is None else KVCache(tuple(layers))
         return DecoderOutput(self.norm(x), tuple(routings), updated)
 
     def logits(self, hidden: Array) -> Array:
@@ -264,7 +264,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             if index is None:
                 raise ValueError("Decoder: a cache needs positions [batch, sequence]")
-            slots = jnp.arange(cache.keys[0].shape[1])
+            slots = jnp.arange(cache.length)
             mask = (slots <= index[..., None])[:, None]
         elif segment_ids is None:
             mask = None
@@ -274,8 +274,8 @@ class Decoder(nnx.Module):
             mask = (same & causal)[:, None]
         if index is None:
             index = _count_positions(input_ids, segment_ids)
-        cos, sin = rotary(index, self.config.head_dim, self.config.rope_theta)
-        return Positions(index, cos, sin, mask)
+        rope = self.config.rope
+        return Positions(index, rope, rope.tables(index), mask)
 
 
 def _count_positions(input_ids: Array, segment_ids: Array | None) -> Array:

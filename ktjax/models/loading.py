@@ -18,7 +18,7 @@ from ktjax.io import Checkpoint, read_experts
 from ktjax.io.stored import read_dense
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
-from ktjax.nn import GatedMLP, MoELayer, ReferenceExperts, RoutedExperts
+from ktjax.nn import GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import FORMATS, Encoding, check_compute
 
 EXPERTS = ("auto", *FORMATS, "reference")
@@ -103,6 +103,7 @@ def from_pretrained(
         lambda: Decoder(config, lambda _: _Unloaded(), dtype=dtype, rngs=nnx.Rngs(0))
     )
     for name, variable, transpose in _dense_tensors(model):
+        name = _name_in(checkpoint, config.model_type, name)
         _assign(checkpoint, name, variable, transpose)
     kwargs: dict[str, Any] = {"rngs": rngs}
     if lora is not None:
@@ -145,36 +146,76 @@ def _counted(layers: Sequence[Any]) -> Iterator[Any]:
     )
 
 
-def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
-    """Hugging Face's name of each dense parameter, and whether it is transposed.
+# Where a family's tensors have other names than the ones below, which most share.
+_RENAMED: dict[str, dict[str, str]] = {
+    "qwen2_moe": {
+        "mlp.shared_experts.": "mlp.shared_expert.",
+        "mlp.shared_experts_gate.": "mlp.shared_expert_gate.",
+    },
+    "mixtral": {"mlp.gate.": "block_sparse_moe.gate."},
+}
 
-    Linear layers are `[out, in]` there and `[in, out]` in flax.
+
+def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
+    """The usual name of each dense parameter, and whether it is transposed.
+
+    Linear layers are `[out, in]` in Hugging Face's files and `[in, out]` in flax.
     """
     yield "model.embed_tokens.weight", model.embed.embedding, False
-    yield "model.norm.weight", model.norm.scale, False
+    yield from _part_tensors("model.norm", model.norm)
     if model.head is not None:
-        yield "lm_head.weight", model.head.kernel, True
+        yield from _part_tensors("lm_head", model.head)
     for index, layer in enumerate(model.layers):
         yield from _layer_tensors(f"model.layers.{index}", layer)
 
 
 def _layer_tensors(at: str, layer: DecoderLayer) -> Iterator[tuple[str, Any, bool]]:
-    attention, mlp = layer.attention, layer.mlp
-    yield f"{at}.input_layernorm.weight", layer.input_norm.scale, False
-    norm = layer.post_attention_norm
-    yield f"{at}.post_attention_layernorm.weight", norm.scale, False
-    yield f"{at}.self_attn.q_norm.weight", attention.q_norm.scale, False
-    yield f"{at}.self_attn.k_norm.weight", attention.k_norm.scale, False
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        part = getattr(attention, name)
-        yield f"{at}.self_attn.{name}.weight", part.kernel, True
-        if part.bias is not None:
-            yield f"{at}.self_attn.{name}.bias", part.bias, False
-    if isinstance(mlp, MoELayer):
-        yield f"{at}.mlp.gate.weight", mlp.router.gate.kernel, True
-    elif isinstance(mlp, GatedMLP):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{at}.mlp.{name}.weight", getattr(mlp, name).kernel, True
+    mlp = layer.mlp
+    yield from _part_tensors(f"{at}.input_layernorm", layer.input_norm)
+    yield from _part_tensors(
+        f"{at}.post_attention_layernorm", layer.post_attention_norm
+    )
+    yield from _children_tensors(f"{at}.self_attn", layer.attention)
+    if isinstance(mlp, GatedMLP):
+        yield from _children_tensors(f"{at}.mlp", mlp)
+        return
+    yield from _part_tensors(f"{at}.mlp.gate", mlp.router.gate)
+    if mlp.router.bias is not None:
+        yield f"{at}.mlp.gate.e_score_correction_bias", mlp.router.bias, False
+    if mlp.shared_experts is not None:
+        yield from _children_tensors(f"{at}.mlp.shared_experts", mlp.shared_experts)
+    if mlp.shared_gate is not None:
+        yield from _part_tensors(f"{at}.mlp.shared_experts_gate", mlp.shared_gate)
+
+
+def _children_tensors(at: str, module: nnx.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Of a module whose parts are named as in the file."""
+    for name, part in vars(module).items():
+        if isinstance(part, nnx.Linear | nnx.RMSNorm):
+            yield from _part_tensors(f"{at}.{name}", part)
+
+
+def _part_tensors(
+    at: str, part: nnx.Linear | nnx.RMSNorm
+) -> Iterator[tuple[str, Any, bool]]:
+    if isinstance(part, nnx.RMSNorm):
+        yield f"{at}.weight", part.scale, False
+        return
+    yield f"{at}.weight", part.kernel, True
+    if part.bias is not None:
+        yield f"{at}.bias", part.bias, False
+
+
+def _name_in(checkpoint: Checkpoint, model_type: str, name: str) -> str:
+    """What a family calls the tensor of the usual `name`.
+
+    transformers may also write Mixtral under the usual names, so they go first.
+    """
+    if name in checkpoint:
+        return name
+    for usual, own in _RENAMED.get(model_type, {}).items():
+        name = name.replace(f".{usual}", f".{own}")
+    return name
 
 
 def _assign(

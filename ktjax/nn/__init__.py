@@ -3,14 +3,22 @@
 from ktjax.nn.dense import GatedMLP, linear
 from ktjax.nn.experts import ReferenceExperts, RoutedExperts, StoreHandle
 from ktjax.nn.layer import MoELayer
-from ktjax.nn.router import Routing, TopKRouter, load_balancing_loss
+from ktjax.nn.router import (
+    CorrectionBias,
+    Routing,
+    RoutingRule,
+    TopKRouter,
+    load_balancing_loss,
+)
 
 __all__ = [
+    "CorrectionBias",
     "GatedMLP",
     "MoELayer",
     "ReferenceExperts",
     "RoutedExperts",
     "Routing",
+    "RoutingRule",
     "StoreHandle",
     "TopKRouter",
     "linear",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ktjax.nn.dense import GatedMLP, linear
-from ktjax.nn.router import Routing, TopKRouter
+from ktjax.nn.router import Routing, RoutingRule, TopKRouter
 
 Array = Any
 
@@ -38,7 +38,7 @@ class MoELayer(nnx.Module):
         hidden_size: int,
         num_experts: int,
         num_experts_per_tok: int,
-        normalize: bool = True,
+        rule: RoutingRule | None = None,
         shared_intermediate_size: int | None = None,
         gate_shared: bool = False,
         dtype: Any = jnp.bfloat16,
@@ -51,10 +51,10 @@ class MoELayer(nnx.Module):
           hidden_size: width of a token.
           num_experts: experts to choose from.
           num_experts_per_tok: k.
-          normalize: make the k routing weights of a token sum to one.
+          rule: how the router chooses experts and weights; None = `RoutingRule()`.
           shared_intermediate_size: width of the shared experts, or None for none.
           gate_shared: whether a sigmoid gate scales the shared experts.
-          dtype: dtype of the dense parameters; the router computes in float32.
+          dtype: dtype of the shared experts; the router is float32.
           rngs: source of the initial values.
         """
         if gate_shared and shared_intermediate_size is None:
@@ -66,8 +66,7 @@ class MoELayer(nnx.Module):
             hidden_size,
             num_experts,
             num_experts_per_tok,
-            normalize=normalize,
-            param_dtype=dtype,
+            rule=rule,
             rngs=rngs,
         )
         self.experts = experts

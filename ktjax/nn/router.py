@@ -1,10 +1,10 @@
-"""The softmax top-k router, its load-balancing loss and its telemetry."""
+"""The top-k router, its load-balancing loss and its telemetry."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,76 @@ from ktjax.nn.dense import linear
 Array = Any
 
 
+class CorrectionBias(nnx.Variable):
+    """The bias of a router's choice: float32 `[experts]`, never an nnx.Param.
+
+    Who trains the whole router moves it by the load, not by a gradient.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingRule:
+    """How the logits of a token become experts and weights.
+
+    Attributes:
+      scores: "softmax" over all experts, or "sigmoid" of each.
+      correction_bias: whether a bias per expert is added to the scores for the choice,
+        not for the weights (arXiv:2408.15664).
+      groups: the experts are so many groups of neighbours, of one size.
+      groups_per_tok: a token chooses within its best groups only, so many.
+      group_top: a group is worth the sum of so many of its best scores.
+      normalize: whether the k weights of a token are made to sum to one.
+      scaling: what the weights are multiplied with in the end.
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    groups: int = 1
+    groups_per_tok: int = 1
+    group_top: int = 1
+    normalize: bool = True
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scores not in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"RoutingRule: scores must be softmax or sigmoid, got {self.scores!r}"
+            )
+        if not 1 <= self.groups_per_tok <= self.groups:
+            raise ValueError(
+                f"RoutingRule: groups_per_tok must be 1 to groups = {self.groups}, got "
+                f"{self.groups_per_tok}"
+            )
+
+    def validate(self, num_experts: int, num_experts_per_tok: int) -> None:
+        """Check the rule against a layer's sizes.
+
+        Raises:
+          ValueError: k experts cannot be chosen so.
+        """
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(
+                f"router: num_experts_per_tok = {num_experts_per_tok} must be 1 to "
+                f"num_experts = {num_experts}"
+            )
+        if num_experts % self.groups:
+            raise ValueError(
+                f"router: num_experts = {num_experts} must be a multiple of groups = "
+                f"{self.groups}"
+            )
+        size = num_experts // self.groups
+        if self.group_top > size:
+            raise ValueError(
+                f"router: group_top = {self.group_top} is more than the {size} experts "
+                "of a group"
+            )
+        if num_experts_per_tok > self.groups_per_tok * size:
+            raise ValueError(
+                f"router: num_experts_per_tok = {num_experts_per_tok} is more than the "
+                f"{self.groups_per_tok} * {size} experts of the chosen groups"
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -23,7 +93,8 @@ class Routing:
     Attributes:
       load: `[experts]` float32, how many of a token's k slots go to each expert on
         average; sums to k (0 when no token is kept). Not differentiable.
-      probability: `[experts]` float32, the mean softmax probability; sums to 1.
+      probability: `[experts]` float32, the mean of the scores of all experts, divided
+        by their sum for each token; sums to 1. Without bias, groups and scaling.
     """
 
     load: Array
@@ -33,8 +104,10 @@ class Routing:
 def load_balancing_loss(routings: Sequence[Routing]) -> Array:
     """E · Σₑ load[e] · probability[e], averaged over the layers (arXiv:2101.03961).
 
-    It is k when the load is even. The same value as transformers'
-    `load_balancing_loss_func` on the layers' router logits.
+    It is k when the load is even. With softmax scores it is the value of transformers'
+    `load_balancing_loss_func` on the layers' router logits; with sigmoid scores the
+    probabilities are those of DeepSeek-V3's balance loss (arXiv:2412.19437), averaged
+    over the batch instead of each sequence.
 
     Args:
       routings: one per layer, each from the same tokens.
@@ -50,7 +123,12 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Array:
 
 
 class TopKRouter(nnx.Module):
-    """Softmax over all experts in float32, then the k most probable."""
+    """Scores all experts in float32 and takes the k best, by a `RoutingRule`.
+
+    Attributes:
+      gate: the linear layer that gives the logits.
+      bias: the `CorrectionBias`, or None when the rule has none.
+    """
 
     def __init__(
         self,
@@ -58,7 +136,7 @@ class TopKRouter(nnx.Module):
         num_experts: int,
         num_experts_per_tok: int,
         *,
-        normalize: bool = True,
+        rule: RoutingRule | None = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -68,24 +146,26 @@ class TopKRouter(nnx.Module):
           hidden_size: width of a token.
           num_experts: experts to choose from.
           num_experts_per_tok: k, at most `num_experts`.
-          normalize: make the k weights of a token sum to one.
+          rule: how they are chosen; None = `RoutingRule()`: softmax, weights that sum
+            to one.
           param_dtype: dtype of the kernel `[hidden, experts]`; the product is float32.
           rngs: source of the kernel's initial values.
         """
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(
-                "TopKRouter: num_experts_per_tok must be 1 to num_experts = "
-                f"{num_experts}, got {num_experts_per_tok}"
-            )
+        self.rule = RoutingRule() if rule is None else rule
+        self.rule.validate(num_experts, num_experts_per_tok)
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
-        self.normalize = normalize
         self.gate = linear(
             hidden_size,
             num_experts,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             rngs=rngs,
+        )
+        self.bias = (
+            CorrectionBias(jnp.zeros(num_experts, jnp.float32))
+            if self.rule.correction_bias
+            else nnx.data(None)
         )
 
     def __call__(
@@ -101,10 +181,17 @@ class TopKRouter(nnx.Module):
         Returns:
           ids `[..., k]` int32, w `[..., k]` float32, and the `Routing`.
         """
-        probabilities = jax.nn.softmax(self.gate(x.astype(jnp.float32)), axis=-1)
-        w, ids = jax.lax.top_k(probabilities, self.num_experts_per_tok)
-        if self.normalize:
-            w = w / jnp.sum(w, axis=-1, keepdims=True)
+        logits = self.gate(x.astype(jnp.float32))
+        if self.rule.scores == "softmax":
+            scores = probabilities = jax.nn.softmax(logits, axis=-1)
+        else:
+            scores = jax.nn.sigmoid(logits)
+            probabilities = _sum_to_one(scores)
+        ids = self._choose(scores)
+        w = jnp.take_along_axis(scores, ids, axis=-1)
+        if self.rule.normalize:
+            w = _sum_to_one(w)
+        w = w * self.rule.scaling
         keep = jnp.ones(x.shape[:-1], bool) if mask is None else mask
         share = keep / jnp.maximum(jnp.sum(keep), 1)
         ids = jnp.where(keep[..., None], ids, -1)
@@ -115,3 +202,22 @@ class TopKRouter(nnx.Module):
             probability=jnp.einsum("...,...e->e", share, probabilities),
         )
         return ids, w, routing
+
+    def _choose(self, scores: Array) -> Array:
+        """Scores `[..., experts]` -> the k experts `[..., k]` int32."""
+        rule = self.rule
+        if self.bias is not None:
+            scores = scores + self.bias[...]
+        if rule.groups > 1:
+            grouped = scores.reshape(*scores.shape[:-1], rule.groups, -1)
+            worth = jnp.sum(jax.lax.top_k(grouped, rule.group_top)[0], axis=-1)
+            _, best = jax.lax.top_k(worth, rule.groups_per_tok)
+            chosen = jnp.any(best[..., None] == jnp.arange(rule.groups), axis=-2)
+            grouped = jnp.where(chosen[..., None], grouped, -jnp.inf)
+            scores = grouped.reshape(scores.shape)
+        return jax.lax.top_k(scores, self.num_experts_per_tok)[1]
+
+
+def _sum_to_one(scores: Array) -> Array:
+    # Sigmoids may all underflow; a softmax's sum does not feel 1e-20.
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)

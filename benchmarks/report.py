@@ -136,8 +136,9 @@ def print_memory(console: Console, rows: list[MemoryRow]) -> None:
 
 
 def print_profile(console: Console, profile: Profile) -> None:
-    """Milliseconds a call by phase."""
-    total = sum(profile.phase_ms.values())
+    """Milliseconds a call by phase, and by kind of work within the phases."""
+    work = {k: v for k, v in profile.phase_ms.items() if k.startswith("in phases: ")}
+    phases = {k: v for k, v in profile.phase_ms.items() if k not in work}
     table = Table(
         title=(
             f"{profile.shape}, {profile.tokens} tokens, {profile.pass_name}, "
@@ -153,9 +154,10 @@ def print_profile(console: Console, profile: Profile) -> None:
         share = 100 * milliseconds / profile.wall_ms
         table.add_row(name, f"{milliseconds:.3f}", f"{share:.1f}")
 
-    for name, value in sorted(profile.phase_ms.items(), key=lambda item: -item[1]):
-        add(name, value)
-    table.add_section()
-    add("outside the phases", profile.wall_ms - total)
+    for part in (phases, work):
+        for name, value in sorted(part.items(), key=lambda item: -item[1]):
+            add(name, value)
+        table.add_section()
+    add("outside the phases", profile.wall_ms - sum(phases.values()))
     add("the call", profile.wall_ms)
     console.print(table)

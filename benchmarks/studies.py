@@ -71,6 +71,7 @@ class Profile:
 
     Attributes:
       phase_ms: by phase, a call; what one worker thread sees, its waits included.
+        Names with "in phases: " are kinds of work, which phases have in common.
       wall_ms: of a call, as its caller sees it.
     """
 

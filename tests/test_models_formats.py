@@ -180,7 +180,8 @@ def test_generation_takes_the_run_s_format(loads, monkeypatch, tmp_path):
         "model": str(assets.demo_model()),
         "config": {"lora_rank": 4, "lora_alpha": 8.0, **trained},
     }
-    monkeypatch.setattr(run, "_newest_checkpoint", lambda _: tmp_path)
+    monkeypatch.setattr(run, "newest_checkpoint", lambda _: tmp_path)
+    monkeypatch.setattr(run, "_adapter", lambda _: None)
     monkeypatch.setattr(run.checkpoint, "read_meta", lambda _: meta)
     console = Console(quiet=True)
 

@@ -61,14 +61,37 @@ def test_values_in_slices(use_pool, subpools, encoding):
         assert_values(store, base, encoding)
 
 
+ODD_SIZES = [(100, 72), (41, 75), (130, 70), (32, 300)]
+
+
 @pytest.mark.parametrize("subpools", [1, 2])
-@pytest.mark.parametrize("sizes", [(100, 72), (41, 75), (130, 70), (32, 300)])
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8_block", "fp8_channel"])
+@pytest.mark.parametrize("sizes", ODD_SIZES)
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8_channel"])
 def test_values_of_odd_sizes(use_pool, subpools, sizes, name):
     use_pool(threads=1, subpools=subpools)
     base = weights(2, *sizes)
     with make(*base, format=name) as store:
         assert_values(store, base, Encoding.of(name))
+
+
+@pytest.mark.parametrize("sizes", ODD_SIZES)
+def test_values_of_blocks_of_odd_sizes(use_pool, sizes):
+    use_pool()
+    base = weights(2, *sizes)
+    with make(*base, format="fp8_block") as store:
+        assert_values(store, base, Encoding.of("fp8_block"))
+
+
+def test_slices_hold_whole_groups(use_pool):
+    use_pool(threads=1, subpools=2)
+    base = weights(2, 32, 300)
+    with make(*base, format="fp8_block") as store:
+        assert_values(store, base, Encoding.of("fp8_block"))
+    message = (
+        "intermediate size of 96 cannot be split over 2 sub-pools in slices of 128"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(*weights(2, 32, 96), format="fp8_block")
 
 
 @pytest.mark.parametrize("hidden", [32, 96, 160])

@@ -116,7 +116,7 @@ class BackwardPass : LoRAGradPass {
             LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows,
                     geometry_.hidden, {&factor, 1}, low_rank_grad_, false, scratch);
           });
-      if (!worker.Barrier()) return false;
+      if (!Wait(worker, scratch)) return false;
       watch.Lap("gy B");
     }
 
@@ -124,7 +124,7 @@ class BackwardPass : LoRAGradPass {
     counters().ForEach(
         CounterOf(counter + kHiddenGrad, s), tasks.size(),
         [&](int64_t i) { HiddenGrad(s, group, tasks[i], values, scratch); });
-    if (!worker.Barrier()) return false;
+    if (!Wait(worker, scratch)) return false;
     watch.Lap("grad h, SwiGLU");
 
     if (gradients_.weights) {
@@ -134,7 +134,7 @@ class BackwardPass : LoRAGradPass {
     const bool low_rank = rank() && (gradients_.x || lora_grads_);
     if (low_rank) {
       if (!LowRankOfHiddenGrad(worker, scratch, group, counter)) return false;
-      if (!worker.Barrier()) return false;
+      if (!Wait(worker, scratch)) return false;
       watch.Lap("gh B");
     }
     if (gradients_.x) {
@@ -151,7 +151,7 @@ class BackwardPass : LoRAGradPass {
       watch.Lap("grad LoRA");
     }
     // The next group overwrites the values of this one.
-    return worker.Barrier();
+    return Wait(worker, scratch);
   }
 
   // dots, dg, du and h of a block, 64 columns at a time.
@@ -181,6 +181,7 @@ class BackwardPass : LoRAGradPass {
         terms.Add(scratch.rows, OnePart(scratch.panel.high), geometry_.hidden_padded());
       }
       if (rank()) {
+        const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
                                   shard(s).begin + column,
                                   std::min(strips * kStrip, Slice(s) - column), strips,
@@ -304,6 +305,7 @@ class BackwardPass : LoRAGradPass {
                   scratch.tile + row * kPanel);
     }
     AddTerms(terms, rows, strips, scratch);
+    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
     epilogue(0, rows);
   }
 
@@ -364,7 +366,8 @@ class BackwardPass : LoRAGradPass {
                     {&factor, 1}, low_rank_grad_, partial, scratch);
           }
         });
-    return SumPartialsPhase(worker, group, counter + kSumLowRank, 2, 0, low_rank_grad_);
+    return SumPartialsPhase(worker, scratch, group, counter + kSumLowRank, 2, 0,
+                            low_rank_grad_);
   }
 
   // grad_x[tokens, panels] += dg Wg + du Wu + (s dg Bg) Ag + (s du Bu) Au.
@@ -406,6 +409,7 @@ class BackwardPass : LoRAGradPass {
           terms.Add(HiddenRows(d_up_, s, group, rows.begin), OnePart(up_panel), width);
         }
         if (lora) {
+          const WorkTimer timer(scratch.times, &WorkTimes::adapters);
           const LoRAArray as[] = {kGateA, kUpA};
           for (int which = 0; which < 2; ++which) {
             Matrix(as[which]).PackDepths(
@@ -473,7 +477,10 @@ class BackwardPass : LoRAGradPass {
 
 void Backward(const ExpertStore& store, const LayerInputs& inputs, ConstArray grad_y,
               const Residuals& residuals, const Gradients& gradients) {
-  BackwardPass(store, inputs, grad_y, residuals, gradients).Compute();
+  Stopwatch watch(true);
+  BackwardPass pass(store, inputs, grad_y, residuals, gradients);
+  watch.Lap("routing");
+  pass.Compute();
 }
 
 }  // namespace ktjax

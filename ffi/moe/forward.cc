@@ -49,7 +49,7 @@ class ForwardPass : Pass {
             CounterOf(counter + kDown, worker.subpool()), output_tasks_.size(),
             [&](int64_t i) { Down(worker.subpool(), g, output_tasks_[i], scratch); });
         // The next group overwrites h.
-        if (!worker.Barrier()) return;
+        if (!Wait(worker, scratch)) return;
         watch.Lap("down");
       }
       FinishSum(scratch);
@@ -103,6 +103,7 @@ class ForwardPass : Pass {
                             strips,
                             {}};
         if (lora) {
+          const WorkTimer timer(scratch.times, &WorkTimes::adapters);
           Matrix(kDownB).PackOutputs(
               kernels_, expert, panel * kPanel,
               std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
@@ -141,7 +142,10 @@ class ForwardPass : Pass {
 
 void Forward(const ExpertStore& store, const LayerInputs& inputs, MutableArray y,
              const Residuals& residuals) {
-  ForwardPass(store, inputs, y, residuals).Compute();
+  Stopwatch watch(true);
+  ForwardPass pass(store, inputs, y, residuals);
+  watch.Lap("routing");
+  pass.Compute();
 }
 
 }  // namespace ktjax

@@ -9,6 +9,21 @@
 
 namespace ktjax {
 
+namespace {
+
+// Fetches the rows after the ones that are packed: a panel's rows of B are a few KiB,
+// and those of the next panel follow.
+template <typename T>
+void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
+  constexpr int64_t kMost = 8192;
+  const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
+  if (depth != rows.stride || bytes > kMost) return;
+  const char* line = reinterpret_cast<const char*>(rows.row(outputs));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+}
+
+}  // namespace
+
 void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
                              int outputs, int64_t column, int depth, int strips,
                              SplitPanel dst, ptrdiff_t dst_stride) const {
@@ -16,12 +31,14 @@ void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
   outputs = std::max(outputs, 0);
   if (array.is_float32) {
     const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
+    FetchNextRows(src, outputs, depth);
     kernels.pack_outputs_f32(src, outputs, depth, strips, dst.high, dst_stride);
     if (dst.low) {
       kernels.pack_outputs_low(src, outputs, depth, strips, dst.low, dst_stride);
     }
   } else {
     const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
+    FetchNextRows(src, outputs, depth);
     kernels.pack_outputs_bf16(src, outputs, depth, strips, dst.high, dst_stride);
   }
 }
@@ -137,6 +154,7 @@ LoRAMatrix Pass::Matrix(LoRAArray which) const {
 
 void Pass::GatherRows(ConstArray array, const RowBlock& block,
                       const Scratch& scratch) const {
+  const WorkTimer timer(scratch.times, &WorkTimes::gather);
   const int hidden = geometry_.hidden, padded = geometry_.hidden_padded();
   const auto [high, stride, low] = scratch.rows;
   for (int i = 0; i < block.count; ++i) {
@@ -167,6 +185,7 @@ void Pass::LowRank(Contraction contraction, int s, const Group& group,
   for (int first = 0; first < strips; first += kPanelStrips) {
     const int width = std::min(kPanelStrips, strips - first);
     for (int i = 0; i < width; ++i) {
+      const WorkTimer timer(scratch.times, &WorkTimes::adapters);
       const LowRankFactor& factor = factors[(first + i) / rank_strips_];
       const int vector = (first + i) % rank_strips_ * kStrip;
       const int count = std::min(kStrip, rank() - vector);
@@ -233,10 +252,11 @@ void Pass::SumPartials(const Group& group, const RowBlock& block, int factors,
   }
 }
 
-bool Pass::SumPartialsPhase(Worker& worker, const Group& group, int counter,
-                            int factors, int first_factor, bf16* destination) {
+bool Pass::SumPartialsPhase(Worker& worker, const Scratch& scratch, const Group& group,
+                            int counter, int factors, int first_factor,
+                            bf16* destination) {
   if (shard_count() == 1) return true;
-  if (!worker.Barrier()) return false;
+  if (!Wait(worker, scratch)) return false;
   counters().ForEach(CounterOf(counter, 0), group.blocks.size(), [&](int64_t i) {
     SumPartials(group, group.blocks[i], factors, first_factor, destination);
   });
@@ -262,7 +282,7 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
                          GatherRows(inputs_.x, group.blocks[i], scratch);
                          LowRankOfInput(group, group.blocks[i], out, scratch);
                        });
-    if (!worker.Barrier()) return false;
+    if (!Wait(worker, scratch)) return false;
     watch.Lap("x A");
   }
   counters().ForEach(CounterOf(counter + kGateUp, s), tasks.size(), [&](int64_t i) {
@@ -274,7 +294,7 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
     GateUp(s, group, tasks[i], out, scratch);
   });
-  if (!worker.Barrier()) return false;
+  if (!Wait(worker, scratch)) return false;
   watch.Lap("gate, up, SwiGLU");
 
   const bool codes = !hidden_codes_.empty();
@@ -293,11 +313,11 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
                   {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
         }
       });
-  if (rank() &&
-      !SumPartialsPhase(worker, group, counter + kSumHidden, 1, 2, out.low_rank)) {
+  if (rank() && !SumPartialsPhase(worker, scratch, group, counter + kSumHidden, 1, 2,
+                                  out.low_rank)) {
     return false;
   }
-  if (!worker.Barrier()) return false;
+  if (!Wait(worker, scratch)) return false;
   watch.Lap(codes ? "h A, h in 8 bits" : "h A");
   return true;
 }
@@ -325,6 +345,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       const LoRAArray bs[] = {kGateB, kUpB};
       for (int which = 0; which < 2; ++which) {
         const SplitPanel& lora_panel = scratch.lora_panel[which];
+        const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
                                       std::min(kDepth, Slice(s) - column), 0, rank(), 2,
                                       lora_panel, 4 * kStrip);

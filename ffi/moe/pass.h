@@ -3,6 +3,7 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
+#include <chrono>
 #include <memory>
 #include <span>
 #include <vector>
@@ -153,9 +154,14 @@ class Pass {
                     const Scratch& scratch, Prefetch* prefetch) const {
     if (panel.values)
       return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
-    kernels_.decode(store_.encoding().format, panel.codes, first, pairs, scratch.chunk,
-                    prefetch);
+    Decode(panel, first, pairs, scratch.chunk, prefetch, scratch);
     return scratch.chunk;
+  }
+
+  void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
+              Prefetch* prefetch, const Scratch& scratch) const {
+    const WorkTimer timer(scratch.times, &WorkTimes::decode);
+    kernels_.decode(store_.encoding().format, panel.codes, first, pairs, dst, prefetch);
   }
 
   // tile += terms.
@@ -183,8 +189,8 @@ class Pass {
   void SumPartials(const Group& group, const RowBlock& block, int factors,
                    int first_factor, bf16* destination) const;
   // The phase that does so for all blocks, when there is more than one shard.
-  bool SumPartialsPhase(Worker& worker, const Group& group, int counter, int factors,
-                        int first_factor, bf16* destination);
+  bool SumPartialsPhase(Worker& worker, const Scratch& scratch, const Group& group,
+                        int counter, int factors, int first_factor, bf16* destination);
 
   // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes.
   // Returns false when another worker has failed.
@@ -292,6 +298,12 @@ class Pass {
     return exact() && rank() && inputs_.lora.arrays[0].is_float32;
   }
 
+  // Worker::Barrier, timed.
+  static bool Wait(Worker& worker, const Scratch& scratch) {
+    const WorkTimer timer(scratch.times, &WorkTimes::wait);
+    return worker.Barrier();
+  }
+
   Counters& counters() { return *counters_; }
   int CounterOf(int counter, int s) const { return counter * shard_count() + s; }
 
@@ -326,13 +338,21 @@ void Pass::Run(Job job) {
   MakeScratch(counting);
   backend_.pool.Run([&](Worker& worker) {
     Arena arena(worker.Scratch(counting.used()));
-    const Scratch scratch = MakeScratch(arena);
+    Scratch scratch = MakeScratch(arena);
     struct ThreadState {
       const Kernels& kernels;
       explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }
       ~ThreadState() { kernels.leave(); }
     } state(kernels_);
+    if (worker.index() || !Profile::Get().enabled()) return job(worker, scratch);
+    WorkTimes times;
+    scratch.times = &times;
+    const uint64_t start = __rdtsc();
+    const auto clock = std::chrono::steady_clock::now();
     job(worker, scratch);
+    const std::chrono::duration<double> seconds =
+        std::chrono::steady_clock::now() - clock;
+    times.Report(__rdtsc() - start, seconds.count());
   });
 }
 
@@ -345,7 +365,10 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
     const Terms tile_terms = terms.From(first);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, prefetch.base ? &prefetch : nullptr);
-    epilogue(first, count);
+    {
+      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+      epilogue(first, count);
+    }
   });
 }
 
@@ -361,7 +384,10 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
                          depth, count, scratch.tile, false,
                          prefetch.base ? &prefetch : nullptr);
       AddTerms(lora.From(first), count, strips, scratch);
-      epilogue(first, count);
+      {
+        const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+        epilogue(first, count);
+      }
     });
     return;
   }
@@ -378,13 +404,15 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
       kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0, nullptr);
     }
     AddTerms(lora, rows, strips, scratch);
-    epilogue(0, rows);
+    {
+      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+      epilogue(0, rows);
+    }
     return;
   }
   const bf16* values = panel.values;
   if (!values) {
-    kernels_.decode(store_.encoding().format, panel.codes, 0, depth / 2,
-                    scratch.panel.high, nullptr);
+    Decode(panel, 0, depth / 2, scratch.panel.high, nullptr, scratch);
     values = scratch.panel.high;
   }
   Terms terms;

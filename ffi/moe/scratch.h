@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "moe/profile.h"
 #include "moe/terms.h"
 
 namespace ktjax {
@@ -37,14 +38,15 @@ inline constexpr int kChunkPairs = 64;
 
 // A worker's scratch memory during a job.
 struct Scratch {
-  SplitRows rows;            // packed input rows of a block
-  Int8Rows codes;            // the same, quantised
-  bf16* chunk;               // kChunkPairs decoded depth pairs of a panel
-  SplitPanel panel;          // one transposed or packed panel
-  SplitPanel lora_panel[2];  // panels of a LoRA term
-  bf16* transposed;          // low-rank values with rows and columns exchanged
-  float* tile;               // product tiles
-  float* sums;               // of products over a panel's outputs; a row of sum_
+  SplitRows rows;              // packed input rows of a block
+  Int8Rows codes;              // the same, quantised
+  bf16* chunk;                 // kChunkPairs decoded depth pairs of a panel
+  SplitPanel panel;            // one transposed or packed panel
+  SplitPanel lora_panel[2];    // panels of a LoRA term
+  bf16* transposed;            // low-rank values with rows and columns exchanged
+  float* tile;                 // product tiles
+  float* sums;                 // of products over a panel's outputs; a row of sum_
+  WorkTimes* times = nullptr;  // of the worker that is profiled
 };
 
 }  // namespace ktjax

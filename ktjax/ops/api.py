@@ -59,8 +59,8 @@ def moe(
       activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for
         the backward, in bfloat16; "recompute" keeps nothing and computes them again.
       compute: "bf16", the default of None: products as said above. "int8", for
-        inference with an int8, int4 or int4_kgroup store: the forward's base products
-        take activations quantised to int8, by token or by token and group, and sum
+        inference with an int8, int4, int4_kgroup or rawint4 store: the base products
+        of the forward take activations quantised to int8, by token and group, and sum
         integers. The backward's products are those of "bf16" in either case.
 
     Returns:

@@ -219,7 +219,7 @@ class GenerateConfig:
     )
     compute: Annotated[
         Literal["bf16", "int8"],
-        Option("int8: quantise activations too, for int8, int4 and int4_kgroup"),
+        Option("int8: quantise activations too, for integer codes"),
     ] = "bf16"
     dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (
         "float32"

@@ -75,7 +75,7 @@ class _Forward:
             others.append(np.asarray(self.accelerated))
         for other in others:
             total = total + other
-        return jnp.asarray(total.astype(self.dtype, copy=False)).reshape(self.shape)
+        return jnp.asarray(total.astype(self.dtype, copy=False).reshape(self.shape))
 
 
 class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
@@ -226,6 +226,8 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
             return self._read(Checkpoint(saved))
         source = self._read(checkpoint)
         if converted.has_converted(checkpoint, self.layer_idx):
+            return source
+        if not (self.cpu_save or saved.is_file()):
             return source
         made_from = converted.fingerprint(checkpoint)
         if saved.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -52,11 +53,15 @@ def values(wrapper):
     return wrapper._loaded().store.dequantize()
 
 
+# One function, so that tests share what is compiled.
+_reference = jax.jit(ktjax.reference.moe)
+
+
 def reference(x, ids, w, weights):
     """The float32 oracle."""
     x = jnp.asarray(x, jnp.float32)
     arrays = map(jnp.asarray, (ids, w, *weights))
-    return np.asarray(ktjax.reference.moe(x, *arrays))
+    return np.asarray(_reference(x, *arrays))
 
 
 def float32_sum(wrapper, x, ids, w):

@@ -213,6 +213,32 @@ def test_damaged_files(tmp_path):
         read_experts(Checkpoint(path), 1, 3)
 
 
+def test_noise_never_gets_past_the_checks(tmp_path):
+    """Flipped bytes: an error of a known kind, or weights that are finite numbers."""
+    rng = np.random.default_rng(0)
+    whole = write(tmp_path, Encoding.of("fp8_block")).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    path = tmp_path / "noisy.safetensors"
+    outcomes = set()
+    for trial in range(300):
+        content = bytearray(whole)
+        for _ in range(1 + trial % 3):
+            # Half of them in the header, half in scales and codes.
+            first, last = ((0, header), (header, len(whole)))[trial % 2]
+            content[rng.integers(first, last)] = rng.integers(256)
+        if trial % 10 == 9:
+            del content[rng.integers(len(whole)) :]
+        path.write_bytes(content)
+        try:
+            read = read_experts(Checkpoint(path), 0, 3)
+            with make_store(read, ["fp8_block"], where="noise") as store:
+                assert all(np.isfinite(m).all() for m in store.dequantize())
+            outcomes.add("loaded")
+        except (ValueError, KeyError, TypeError) as error:
+            outcomes.add(type(error))
+    assert {"loaded", ValueError, CheckpointError, KeyError} <= outcomes
+
+
 # ---- cpu_save ----
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import ISAS
 from flax import nnx
 from inference_support import (
     EXPERTS,
@@ -76,6 +77,18 @@ def test_accuracy_and_the_pure_path(method):
         assert_close(y, reference(x, ids, w, weights), LIMITS[compute])
         np.testing.assert_array_equal(y, pure(wrapper, x, ids, w))
     wrapper.close()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_method_needs_an_instruction_set(use_pool, isa):
+    use_pool(isa, threads=1, subpools=2)
+    for method, (_, compute) in EXPECTED.items():
+        wrapper = make(method, chunked_prefill_size=5)
+        args = tokens(12)
+        y = wrapper.forward(*args)
+        assert_close(y, reference(*args, values(wrapper)), LIMITS[compute])
+        np.testing.assert_array_equal(y, wrapper(*args))
+        wrapper.close()
 
 
 @pytest.mark.parametrize("method", ["AMXINT4", "AMXINT8", "RAWINT4"])

@@ -59,8 +59,10 @@ def test_native_arrays_are_those_of_the_codec(encoding, dtype):
 
 def test_encoding_refuses_what_a_store_refuses():
     gate, up, down = matrices()
-    given = ExpertWeights(Encoding.of("bf16"), gate, up * np.nan, down)
-    match = "here: up weights of expert 0: NaN or Inf in row 0"
+    bad = up.copy()
+    bad[1, 2, 3] = np.nan
+    given = ExpertWeights(Encoding.of("bf16"), gate, bad, down)
+    match = "here: up weights of expert 1: NaN or Inf in row 2"
     with pytest.raises(ValueError, match=match):
         encode_experts(given, ["int8"], where="here")
     given = ExpertWeights(Encoding.of("bf16"), gate, up, down.astype(np.float16))

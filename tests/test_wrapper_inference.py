@@ -174,23 +174,40 @@ def test_pieces_bound_what_is_in_flight(monkeypatch):
     assert flying == 0
 
 
-def test_submit_returns_before_the_work_is_done():
+def test_submit_waits_for_nothing_and_sync_for_its_own(monkeypatch):
+    waited = []
+
+    class Forward:
+        def __init__(self, out):
+            self.number = int(out.shape[0])
+            out[...] = self.number
+
+        def result(self):
+            waited.append(self.number)
+
+    monkeypatch.setattr(
+        experts_pending.backend,
+        "submit_forward_registered",
+        lambda store, x, ids, w, *, out, compute: Forward(out),
+    )
+    first, second = make(layer_idx=0), make(layer_idx=1)
+    for wrapper, count in ((first, 1), (second, 2), (first, 3)):
+        wrapper.submit_forward(*tokens(count))
+    assert not waited
+    for wrapper, count in ((second, 2), (first, 1), (first, 3)):
+        assert (wrapper.sync_forward() == count).all()
+        assert waited.pop() == count
+    assert not waited
+
+
+def test_many_forwards_in_flight():
     wrapper = make()
     args = tokens(512)
     want = np.asarray(wrapper.forward(*args))
     for _ in range(12):
         wrapper.submit_forward(*args)
-    last = wrapper_forwards(wrapper)[-1]
-    assert not last.sums[0]._pieces[0][0].done()
-    wrapper.sync_forward()
-    assert not last.sums[0]._pieces[0][0].done(), "a sync waits for its own forward"
-    for _ in range(11):
+    for _ in range(12):
         np.testing.assert_array_equal(wrapper.sync_forward(), want)
-    assert last.sums[0].result().shape == want.shape
-
-
-def wrapper_forwards(wrapper):
-    return ktjax.experts_state.eager_state(wrapper).submitted
 
 
 def test_sync_without_submit():

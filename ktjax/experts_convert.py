@@ -83,19 +83,21 @@ def convert_checkpoint(
     with new_directory(Path(out)) as directory:
         if source.is_dir():
             copy_other_files(source, directory)
-        for layer, count in layers.items():
-            where = f"convert: layer {layer}"
+
+        # A function, so that nothing of a layer outlives it.
+        def convert_layer(layer: int, path: Path) -> list[str]:
             weights = encode_experts(
-                read_experts(checkpoint, layer, count),
+                read_experts(checkpoint, layer, layers[layer]),
                 [format],
                 group_size,
                 zero_point,
-                where=where,
+                where=f"convert: layer {layer}",
             )
+            return write_layer(path, layer, weights.encoding, weights.arrays())
+
+        for layer in layers:
             file = layer_file(layer)
-            names = write_layer(
-                directory / file, layer, weights.encoding, weights.arrays()
-            )
+            names = convert_layer(layer, directory / file)
             weight_map |= dict.fromkeys(names, file)
             advance(sizes[layer])
         for number, (shard, names) in enumerate(rest.items()):

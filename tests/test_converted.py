@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -475,6 +476,24 @@ def test_conversion_from_quantised_experts(tmp_path, encoding, format, warns, re
         assert got.geometry == want.geometry
         for a, b in zip(got.dequantize(), want.dequantize(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_conversion_holds_one_layer_at_a_time(tmp_path):
+    """Four layers of 6 MiB in bfloat16: as stacked, and as codes."""
+    layers, tensors = 4, {}
+    weights = matrices(8, 256, 512)
+    for layer in range(layers):
+        tensors |= expert_tensors(weights, Encoding.of("bf16"), layer)
+    path = tmp_path / "m.safetensors"
+    save_file(path, tensors)
+    layer_bytes = sum(array.nbytes for array in tensors.values()) // layers
+    assert layer_bytes == 6 << 20
+    del tensors, weights
+    tracemalloc.start()
+    convert_checkpoint(path, tmp_path / "out", "int8")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.6 * layer_bytes
 
 
 def test_errors_of_conversion(tmp_path, capsys):

@@ -69,7 +69,8 @@ void ReleasePool() {
 
 nb::tuple ToTuple(Handle handle) { return nb::make_tuple(handle.epoch, handle.index); }
 
-// A matrix of all experts: values, or codes with their scales and perhaps zero points.
+// A matrix of all experts: values, or codes with their scales and perhaps zero points,
+// or blocks that have all of it.
 SourceMatrix Source(const std::vector<Array>& arrays) {
   const Array& values = arrays.at(0);
   if (arrays.size() > 1) {
@@ -77,14 +78,17 @@ SourceMatrix Source(const std::vector<Array>& arrays) {
         SourceMatrix::Type::kPlain, values.data(), arrays[1].data(),
         arrays.size() > 2 ? static_cast<const uint8_t*>(arrays[2].data()) : nullptr};
   }
+  if (values.dtype() == nb::dtype<uint8_t>()) {  // blocks
+    return {SourceMatrix::Type::kPlain, values.data()};
+  }
   return {Const(values).is_float32 ? SourceMatrix::Type::kFloat32
                                    : SourceMatrix::Type::kBf16,
           values.data()};
 }
 
 nb::tuple CreateStore(const std::string& format, int group_size, bool zero_points,
-                      const std::vector<Array>& gate, const std::vector<Array>& up,
-                      const std::vector<Array>& down) {
+                      const std::string& down_format, const std::vector<Array>& gate,
+                      const std::vector<Array>& up, const std::vector<Array>& down) {
   const Geometry geometry{static_cast<int>(gate.at(0).shape(0)),
                           static_cast<int>(down.at(0).shape(1)),
                           static_cast<int>(gate.at(0).shape(1))};
@@ -92,8 +96,11 @@ nb::tuple CreateStore(const std::string& format, int group_size, bool zero_point
   Handle handle;
   {
     nb::gil_scoped_release release;
-    auto store = std::make_shared<ExpertStore>(
-        GetBackend(), geometry, MakeEncoding(format, group_size, zero_points));
+    const Encoding encoding = MakeEncoding(format, group_size, zero_points);
+    const Encoding down_encoding =
+        down_format == format ? encoding : MakeEncoding(down_format, 0, false);
+    auto store =
+        std::make_shared<ExpertStore>(GetBackend(), geometry, encoding, down_encoding);
     store->Pack(source);
     handle = StoreRegistry::Get().Add(std::move(store));
   }

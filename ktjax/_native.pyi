@@ -35,6 +35,7 @@ def create_store(
     format: str,
     group_size: int,
     zero_points: bool,
+    down_format: str,
     gate: list[_Array],
     up: list[_Array],
     down: list[_Array],

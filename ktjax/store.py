@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktjax import _native, backend
-from ktjax.quant.formats import FORMATS, Encoding, Quantized
+from ktjax.quant.formats import BLOCK_FORMATS, FORMATS, Encoding, Quantized
 from ktjax.quant.plain import check_quantized, group_of
 
 Array = Any
@@ -20,7 +20,10 @@ _NAMES = ("gate", "up", "down")
 
 
 class Geometry(NamedTuple):
-    """The static facts of a store: what shapes and residuals depend on; hashable."""
+    """The static facts of a store: what shapes and residuals depend on; hashable.
+
+    `down_format` is the format of down where gate and up have another, else None.
+    """
 
     format: str
     num_experts: int
@@ -28,6 +31,7 @@ class Geometry(NamedTuple):
     intermediate_size: int
     group_size: int = 0
     zero_point: bool = False
+    down_format: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class ExpertStore:
       format: the storage format, a name in `ktjax.quant.FORMATS`.
       group_size: depths that share a scale; 0 = a whole row does, or there is none.
       zero_point: whether the groups have zero points.
+      down_format: the format of down; as `format`, but GGUF files mix them.
       num_experts: experts of the layer.
       hidden_size: width of the residual stream.
       intermediate_size: width of an expert.
@@ -81,6 +86,7 @@ class ExpertStore:
         format: str = "bf16",
         group_size: int | None = None,
         zero_point: bool = False,
+        down_format: str | None = None,
         pool: backend.Pool | None = None,
     ) -> ExpertStore:
         """Packs the weights of all experts, quantising them if need be.
@@ -89,7 +95,8 @@ class ExpertStore:
         They are encoded by the rules in docs/formats.md, with the bits of
         `ktjax.quant.encode`; "bf16" rounds to nearest even. Or all three are
         `ktjax.Quantized`: the plain arrays of the format, whose codes and scales are
-        kept as they are. Nothing given is needed afterwards.
+        kept as they are. The formats of GGUF are always given so, in the blocks of the
+        file. Nothing given is needed afterwards.
 
         Magnitudes below 2^-126 count as zero, in weights, scales and values. A scale of
         zero makes its weights zero.
@@ -103,18 +110,21 @@ class ExpertStore:
             what the quantised arrays have.
           zero_point: for int4_kgroup: quantise with zero points. Quantised arrays have
             them if `zeros` is given.
+          down_format: the format of down, where it is another. Both must be formats of
+            GGUF or "bf16".
           pool: the pool to use; None starts the default one if none is running.
 
         Raises:
           ValueError: an unknown format or an option that it does not have; wrong
             shapes; sizes that groups do not divide; NaN or Inf in weights to be
-            quantised (bfloat16 keeps them); scales that are NaN, infinite or negative;
-            NaN codes; or not the running pool.
+            quantised (bfloat16 keeps them); scales that are NaN, infinite or, except in
+            GGUF's blocks, negative; NaN codes; or not the running pool.
           TypeError: wrong dtypes.
           MemoryError: the weights do not fit.
         """
         # Before anything starts a pool: a typing error must not.
         Encoding.of(format, group_size, zero_point, where="ExpertStore")
+        down_format = _check_mixed(format, down_format)
         running = backend.get_pool()
         if pool is not None and pool is not running:
             raise ValueError(
@@ -122,7 +132,9 @@ class ExpertStore:
                 "get it from ktjax.backend.get_pool()"
             )
         matrices = (gate, up, down)
-        if any(isinstance(matrix, Quantized) for matrix in matrices):
+        if FORMATS[format].block_bytes or down_format:
+            geometry, arrays = _check_blocks(matrices, format, down_format)
+        elif any(isinstance(matrix, Quantized) for matrix in matrices):
             geometry, arrays = _check_plain(matrices, format, group_size, zero_point)
         else:
             geometry, arrays = _check(matrices, format, group_size, zero_point)
@@ -132,6 +144,7 @@ class ExpertStore:
             format,
             chosen,
             geometry.zero_point,
+            down_format or format,
             *([backend.native_bits(a) for a in matrix] for matrix in arrays),
         )
         with jax.ensure_compile_time_eval():
@@ -159,6 +172,11 @@ class ExpertStore:
     def zero_point(self) -> bool:
         """Whether the groups have zero points."""
         return self._geometry.zero_point
+
+    @property
+    def down_format(self) -> str:
+        """The storage format of down: `format`, unless a GGUF file has another."""
+        return self._geometry.down_format or self._geometry.format
 
     @property
     def num_experts(self) -> int:
@@ -324,6 +342,70 @@ def _check_plain(
             )
         arrays.append([array for array in plain if array is not None])
     return _geometry(encoding, experts, hidden, intermediate), arrays
+
+
+def _check_mixed(format: str, down_format: str | None) -> str | None:
+    """`down_format`, or None where it is the same."""
+    if down_format in (None, format):
+        return None
+    allowed = ("bf16", *BLOCK_FORMATS)
+    for name, given in (("format", format), ("down_format", down_format)):
+        if given not in allowed:
+            raise ValueError(
+                f"ExpertStore: {name}: formats can only be mixed among "
+                f"{list(allowed)}, got {given!r}"
+            )
+    return down_format
+
+
+def _check_blocks(
+    matrices: tuple[Array | Quantized, ...], format: str, down_format: str | None
+) -> tuple[Geometry, list[list[np.ndarray]]]:
+    """As `_check`, for GGUF's blocks and what is mixed with them."""
+    formats = (format, format, down_format or format)
+    arrays = []
+    for name, matrix, chosen in zip(_NAMES, matrices, formats, strict=True):
+        where = f"ExpertStore: {name}"
+        if isinstance(matrix, Quantized) != (chosen != "bf16"):
+            expected = "arrays" if chosen == "bf16" else "ktjax.Quantized"
+            raise TypeError(
+                f"{where}: expected {expected} in format {chosen!r}, got "
+                f"{type(matrix).__name__}"
+            )
+        array = np.asarray(matrix.values if isinstance(matrix, Quantized) else matrix)
+        if array.ndim != 3 or 0 in array.shape:
+            raise ValueError(
+                f"{where}: expected 3 dimensions > 0, got shape {array.shape}"
+            )
+        arrays.append(array)
+    # Bytes of a row are not its depth, so outputs say what the sizes are.
+    experts, intermediate, hidden = *arrays[0].shape[:2], arrays[2].shape[1]
+    for name, matrix, array, chosen, outputs, depth in zip(
+        *(_NAMES, matrices, arrays, formats),
+        (intermediate, intermediate, hidden),
+        (hidden, hidden, intermediate),
+        strict=True,
+    ):
+        where = f"ExpertStore: {name}"
+        encoding = Encoding.of(chosen, where=where)
+        encoding.check_depth(depth, where=f"{where}: depth")
+        (shape, dtype) = encoding.shapes(outputs, depth)["values"]
+        dtypes = (dtype,) if chosen != "bf16" else (dtype, np.dtype(np.float32))
+        if array.dtype not in dtypes:
+            raise TypeError(f"{where}: expected {dtype}, got {array.dtype}")
+        if isinstance(matrix, Quantized) and any(a is not None for a in matrix[1:]):
+            raise ValueError(
+                f"{where}: format {chosen!r} has its scales in the blocks: expected "
+                "scales and zeros to be None"
+            )
+        if array.shape != (experts, *shape):
+            raise ValueError(
+                f"{where}: expected shape {(experts, *shape)} for {experts} experts of "
+                f"{outputs} x {depth} in format {chosen!r}, got {array.shape}"
+            )
+    encoding = Encoding.of(format)
+    geometry = _geometry(encoding, experts, hidden, intermediate)
+    return geometry._replace(down_format=down_format), [[array] for array in arrays]
 
 
 def _check_groups(encoding: Encoding, hidden: int, intermediate: int) -> None:

@@ -1,4 +1,7 @@
-"""Every storage format with its options, and weights to store in it."""
+"""Every storage format that weights can be quantised to, with its options.
+
+Those of GGUF, which are read only, are in gguf_cases.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from ktjax.quant import Encoding
 ENCODINGS = [
     Encoding.of(name, size, zeros)
     for name, row in quant.FORMATS.items()
+    if not row.block_bytes
     for size in row.group_sizes or (None,)
     for zeros in ((False, True) if row.group_sizes else (False,))
 ]

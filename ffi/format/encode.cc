@@ -297,6 +297,8 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
         case Format::kMxFp4:
           result = EncodeE2M1(src, count, codes.data());
           break;
+        default:  // refused above
+          break;
       }
       if (!std::isfinite(result.scale)) refuse(output, "a range beyond float32");
       const int64_t at = output / spec.block_outputs * columns + c;
@@ -326,6 +328,12 @@ void EncodedMatrix::Resize(const Encoding& encoding, int outputs, int depth,
                            std::string_view matrix) {
   if (encoding.format == Format::kBf16) {
     throw std::logic_error("EncodedMatrix: bf16 weights are packed as they are");
+  }
+  if (encoding.spec().blocks) {
+    throw std::invalid_argument(std::string(matrix) +
+                                " weights: " + encoding.spec().name +
+                                " is a format of GGUF files, which have it encoded "
+                                "already; weights cannot be quantised to it");
   }
   CheckDepth(encoding, depth, matrix);
   outputs_ = outputs;

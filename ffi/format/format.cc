@@ -4,9 +4,15 @@
 #include <string>
 
 #include "base/types.h"
+#include "format/blocks.h"
 
 namespace ktjax {
 namespace {
+
+constexpr FormatSpec InBlocks(Format format, const char* name) {
+  const BlockSpec* blocks = FindBlocks(format);
+  return {format, name, Code::kBlocks, ScaleType::kNone, blocks->depths, 1, blocks};
+}
 
 constexpr FormatSpec kSpecs[kFormats] = {
     {Format::kBf16, "bf16", Code::kBf16, ScaleType::kNone, 0, 1},
@@ -18,6 +24,18 @@ constexpr FormatSpec kSpecs[kFormats] = {
     {Format::kFp8Channel, "fp8_channel", Code::kE4M3, ScaleType::kFloat32, 0, 1},
     {Format::kRawInt4, "rawint4", Code::kInt4, ScaleType::kBf16, 32, 1},
     {Format::kMxFp4, "mxfp4", Code::kE2M1, ScaleType::kE8M0, 32, 1},
+    InBlocks(Format::kQ4_0, "q4_0"),
+    InBlocks(Format::kQ4_1, "q4_1"),
+    InBlocks(Format::kQ5_0, "q5_0"),
+    InBlocks(Format::kQ5_1, "q5_1"),
+    InBlocks(Format::kQ8_0, "q8_0"),
+    InBlocks(Format::kQ2K, "q2_k"),
+    InBlocks(Format::kQ3K, "q3_k"),
+    InBlocks(Format::kQ4K, "q4_k"),
+    InBlocks(Format::kQ5K, "q5_k"),
+    InBlocks(Format::kQ6K, "q6_k"),
+    InBlocks(Format::kIq4Nl, "iq4_nl"),
+    InBlocks(Format::kIq4Xs, "iq4_xs"),
 };
 
 std::string Names() {
@@ -33,6 +51,9 @@ std::string Names() {
 const FormatSpec& SpecOf(Format format) { return kSpecs[static_cast<int>(format)]; }
 
 int64_t Encoding::code_columns(int64_t depth) const {
+  if (const BlockSpec* blocks = spec().blocks) {
+    return depth / blocks->depths * blocks->bytes;
+  }
   return CeilDiv(depth * CodeBits(spec().code), 8);
 }
 

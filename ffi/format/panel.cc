@@ -7,6 +7,8 @@
 #include <string>
 
 #include "base/bf16.h"
+#include "format/blocks.h"
+#include "format/pack_blocks.h"
 #include "format/scalar.h"
 
 namespace ktjax {
@@ -97,6 +99,12 @@ void CopyScale(ScaleType type, const void* src, int64_t from, void* dst, int64_t
 void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
                 std::string_view matrix, int expert) {
   const FormatSpec& spec = encoding.spec();
+  if (spec.blocks) {
+    const auto [row, block] = FindBadBlock(*spec.blocks, plain);
+    if (row < 0) return;
+    Refuse(encoding, matrix, expert, row,
+           std::string("NaN or Inf as a scale of block ") + std::to_string(block));
+  }
   const int64_t columns = encoding.scale_columns(plain.depth);
   for (int64_t i = 0; i < encoding.scale_rows(plain.outputs) * columns; ++i) {
     const float scale = ScaleAt(spec.scale, plain.scales, i);
@@ -131,17 +139,38 @@ PanelLayout::PanelLayout(const Encoding& encoding, int strips, int depth)
     : encoding(encoding), strips(strips), depth(depth) {
   group = encoding.group == 0 ? depth : encoding.group;
   groups = static_cast<int>(CeilDiv(depth, group));
-  const int64_t count = int64_t{groups} * kStrip * strips;
   const FormatSpec& spec = encoding.spec();
-  scales = int64_t{depth} * kStrip * strips * CodeBits(spec.code) / 8;
-  zeros = scales + RoundUp(count * ScaleBytes(spec.scale), kAlignment);
-  bytes = zeros + (encoding.zero_points ? RoundUp(count, kAlignment) : 0);
+  const int64_t lanes = int64_t{kStrip} * strips;
+  int64_t end = 0;
+  const auto take = [&](int64_t size) {
+    const int64_t begin = end;
+    end += RoundUp(size, kAlignment);
+    return begin;
+  };
+  take(depth * lanes * spec.bits() / 8);
+  const int scale_bytes = spec.blocks ? sizeof(uint16_t) : ScaleBytes(spec.scale);
+  scales = take(groups * lanes * scale_bytes);
+  zeros = take(encoding.zero_points ? groups * lanes : 0);
+  const BlockSpec blocks = spec.blocks ? *spec.blocks : BlockSpec{};
+  const int64_t subs = blocks.sub ? depth / blocks.sub * lanes : 0;
+  mins = take(blocks.mins ? groups * lanes * sizeof(uint16_t) : 0);
+  sub_scales = take(subs);
+  sub_mins = take(blocks.sub_mins == SubMins::kBytes ? subs : 0);
+  bytes = end;
 }
 
 QuantPanel PanelLayout::At(const void* memory) const {
   const uint8_t* base = static_cast<const uint8_t*>(memory);
-  return {base, base + scales, encoding.zero_points ? base + zeros : nullptr, strips,
-          group};
+  return {.codes = base,
+          .scales = base + scales,
+          .zeros = encoding.zero_points ? base + zeros : nullptr,
+          .strips = strips,
+          .group = group,
+          .format = encoding.format,
+          .bytes = bytes,
+          .mins = reinterpret_cast<const uint16_t*>(base + mins),
+          .sub_scales = base + sub_scales,
+          .sub_mins = base + sub_mins};
 }
 
 void PackStrip(const PanelLayout& layout, const PlainMatrix& plain, int first_output,
@@ -152,12 +181,16 @@ void PackStrip(const PanelLayout& layout, const PlainMatrix& plain, int first_ou
     throw std::logic_error("PackStrip: depth " + std::to_string(first_depth) +
                            " is within a group of " + std::to_string(encoding.group));
   }
+  outputs = std::max(outputs, 0);
+  depth = std::max(depth, 0);
+  if (spec.blocks) {
+    PackBlocks(layout, plain, first_output, outputs, first_depth, depth, strip, memory);
+    return;
+  }
   const int bits = CodeBits(spec.code), lane_depths = 32 / bits;
   const int64_t row_bytes = encoding.code_columns(plain.depth);
   const int64_t lanes = int64_t{kStrip} * layout.strips;
   const uint32_t padding = ZeroLane(encoding);
-  outputs = std::max(outputs, 0);
-  depth = std::max(depth, 0);
 
   const uint8_t* codes =
       plain.codes + first_output * row_bytes + int64_t{first_depth} * bits / 8;
@@ -190,10 +223,9 @@ void PackStrip(const PanelLayout& layout, const PlainMatrix& plain, int first_ou
   }
 }
 
-float PanelValue(const Encoding& encoding, const QuantPanel& panel, int depth,
-                 int output) {
+float PanelValue(const QuantPanel& panel, int depth, int output) {
   bf16 bits = 0;
-  switch (encoding.format) {
+  switch (panel.format) {
     case Format::kBf16:
       throw std::logic_error("PanelValue: bf16 weights have no QuantPanel");
     case Format::kInt8:
@@ -212,6 +244,9 @@ float PanelValue(const Encoding& encoding, const QuantPanel& panel, int depth,
       break;
     case Format::kMxFp4:
       bits = WeightBits<Code::kE2M1, ScaleType::kE8M0>(panel, depth, output);
+      break;
+    default:
+      bits = RoundToBf16(PanelBlockValue(panel, depth, output));
       break;
   }
   return FromBf16(bits);

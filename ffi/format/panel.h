@@ -16,6 +16,7 @@ namespace ktjax {
 //   even depth in the low half (INT4 is value + 8, or unsigned with zero points);
 // * scales [scale_rows, scale_columns] of the format's scale type;
 // * zeros of the scales' shape where the encoding has zero points.
+// Of a format in blocks only codes: the rows of blocks as a GGUF file has them.
 struct PlainMatrix {
   const uint8_t* codes;
   const void* scales;
@@ -25,12 +26,13 @@ struct PlainMatrix {
 };
 
 // Throws std::invalid_argument, naming `matrix`, `expert` and the row, for scales that
-// are NaN, infinite or negative, for NaN codes and for zero points above 15.
+// are NaN, infinite or negative, for NaN codes and for zero points above 15. Scales in
+// blocks may be negative.
 void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
                 std::string_view matrix, int expert);
 
 // Where things are in the memory of a QuantPanel: codes, then scales, then zero points,
-// each from a multiple of 64 bytes on.
+// or minima, sub-scales and their minima, each from a multiple of 64 bytes on.
 struct PanelLayout {
   // `depth` is a multiple of 32.
   PanelLayout(const Encoding& encoding, int strips, int depth);
@@ -45,6 +47,9 @@ struct PanelLayout {
   int groups;
   int64_t scales;  // byte offsets
   int64_t zeros;
+  int64_t mins;
+  int64_t sub_scales;
+  int64_t sub_mins;
   int64_t bytes;  // a multiple of 64
 };
 
@@ -56,8 +61,7 @@ void PackStrip(const PanelLayout& layout, const PlainMatrix& plain, int first_ou
                int outputs, int first_depth, int depth, int strip, void* memory);
 
 // The value of a weight, as every kernel decodes it.
-float PanelValue(const Encoding& encoding, const QuantPanel& panel, int depth,
-                 int output);
+float PanelValue(const QuantPanel& panel, int depth, int output);
 
 }  // namespace ktjax
 

@@ -2,6 +2,7 @@
 #include "gemm/amx_impl.h"
 #include "gemm/contract_avx512.h"
 #include "gemm/decode_avx512.h"
+#include "gemm/decode_blocks_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_amx.h"
 #include "gemm/int8_rows.h"
@@ -44,7 +45,7 @@ const Kernels kAmxBf16Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = AmxBf16Int8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<Avx512Decoder>,
+    .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
 };
 
 }  // namespace ktjax

@@ -2,6 +2,7 @@
 #include "tile/amx_emulated.h"
 
 #include "gemm/amx_impl.h"
+#include "gemm/decode_blocks_generic.h"
 #include "gemm/decode_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_amx.h"
@@ -44,7 +45,7 @@ const Kernels kAmxEmulatedKernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = AmxEmulatedInt8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<GenericDecoder>,
+    .decode = Decode<GenericDecoder, GenericBlockDecoder>,
 };
 
 }  // namespace ktjax

@@ -1,5 +1,6 @@
 // Kernels for AVX2 with FMA: Haswell and Zen, and later CPUs without AVX-512.
 #include "gemm/decode_avx2.h"
+#include "gemm/decode_blocks_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/int8_gemm.h"
@@ -30,7 +31,7 @@ const Kernels kAvx2Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<Avx2Decoder>,
+    .decode = Decode<Avx2Decoder, GenericBlockDecoder>,
 };
 
 }  // namespace ktjax

@@ -7,6 +7,7 @@
 
 #include "gemm/contract_avx512.h"
 #include "gemm/decode_avx512.h"
+#include "gemm/decode_blocks_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_gemm.h"
 #include "gemm/int8_rows.h"
@@ -169,7 +170,7 @@ const Kernels kAvx512Bf16Kernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<Avx512Decoder>,
+    .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
 };
 
 }  // namespace ktjax

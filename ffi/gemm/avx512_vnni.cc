@@ -1,6 +1,7 @@
 // Kernels for AVX-512 with VNNI (Cascade Lake, Ice Lake): those of avx512.cc, with
 // 8-bit dot products for the integer product.
 #include "gemm/decode_avx512.h"
+#include "gemm/decode_blocks_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
 #include "gemm/int8_gemm.h"
@@ -32,7 +33,7 @@ const Kernels kAvx512VnniKernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<Avx512Decoder>,
+    .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
 };
 
 }  // namespace ktjax

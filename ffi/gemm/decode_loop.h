@@ -7,6 +7,7 @@
 #include <xmmintrin.h>
 
 #include "base/types.h"
+#include "format/blocks.h"
 #include "format/format.h"
 #include "format/scalar.h"
 #include "gemm/kernel.h"
@@ -84,12 +85,33 @@ void DecodePanel(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
   }
 }
 
+// The formats in blocks. `Decoder<kFormat>::DecodeStrip(panel, block, strip, dst)`
+// decodes one strip of a block of 32 depths.
+template <Format kFormat, template <Format> typename Decoder>
+void DecodeBlocks(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
+                  Prefetch* prefetch) {
+  const ptrdiff_t size = kDepth * kStrip * panel.strips;
+  const int first = 2 * first_pair / kDepth, last = first + 2 * pairs / kDepth;
+  for (int block = first; block < last;) {
+    const PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2);
+    const char* line = run.line;
+    for (const int end = block + run.steps; block < end; ++block, dst += size) {
+      for (int i = 0; i < run.lines_per_step; ++i, line += kCacheLine) {
+        _mm_prefetch(line, _MM_HINT_T1);
+      }
+      for (int s = 0; s < panel.strips; ++s) {
+        Decoder<kFormat>::DecodeStrip(panel, block, s, dst + 2 * kStrip * s);
+      }
+    }
+  }
+}
+
 // The entry of struct Kernels.
-template <template <typename> typename Decoder>
-void Decode(Format format, const QuantPanel& panel, int first_pair, int pairs,
-            bf16* dst, Prefetch* prefetch) {
+template <template <typename> typename Decoder, template <Format> typename BlockDecoder>
+void Decode(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
+            Prefetch* prefetch) {
   using enum ScaleType;
-  switch (format) {
+  switch (panel.format) {
     case Format::kBf16:
       return;  // not quantised: there is no QuantPanel of it
     case Format::kInt8:
@@ -113,6 +135,10 @@ void Decode(Format format, const QuantPanel& panel, int first_pair, int pairs,
     case Format::kMxFp4:
       return DecodePanel<Layout<Code::kE2M1, kE8M0>, Decoder>(panel, first_pair, pairs,
                                                               dst, prefetch);
+    default:
+      WithBlockFormat(panel.format, [&]<Format kFormat>() {
+        DecodeBlocks<kFormat, BlockDecoder>(panel, first_pair, pairs, dst, prefetch);
+      });
   }
 }
 

@@ -237,8 +237,8 @@ struct Kernels {
   // Format::kBf16. `prefetch` may be null. In a panel of four strips a pair has one
   // cache line of codes of 4 bits, two of 8 bits: that many lines_per_pair fetch a
   // panel like this one.
-  void (*decode)(Format format, const QuantPanel& panel, int first_pair, int pairs,
-                 bf16* dst, Prefetch* prefetch);
+  void (*decode)(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
+                 Prefetch* prefetch);
 };
 
 }  // namespace ktjax

@@ -1,4 +1,5 @@
 // Kernels for any CPU. The compiler vectorises what it can.
+#include "gemm/decode_blocks_generic.h"
 #include "gemm/decode_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_portable.h"
@@ -63,7 +64,7 @@ const Kernels kPortableKernels = {
     .epilogues = &kEpilogues,
     .gemm_int8 = PortableInt8Gemm,
     .quantize_rows = QuantizeRows,
-    .decode = Decode<GenericDecoder>,
+    .decode = Decode<GenericDecoder, GenericBlockDecoder>,
 };
 
 }  // namespace ktjax

@@ -134,7 +134,7 @@ class Pass {
     Prefetch prefetch;
     prefetch.base = Start(panel);
     prefetch.chunk_bytes = prefetch.total_bytes =
-        RoundUp(store_.PanelBytes(strips, depth), 2048);
+        RoundUp(panel.Bytes(strips, depth), 2048);
     return prefetch;
   }
   // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes
@@ -142,9 +142,9 @@ class Pass {
   Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
                       int panels, int64_t stride) const {
     Prefetch prefetch;
-    prefetch.base = Start(panel) + store_.PairBytes(strips, first);
+    prefetch.base = Start(panel) + panel.PairBytes(strips, first);
     prefetch.stride = stride;
-    prefetch.chunk_bytes = RoundUp(store_.PairBytes(strips, pairs), 2048);
+    prefetch.chunk_bytes = RoundUp(panel.PairBytes(strips, pairs), 2048);
     prefetch.total_bytes = panels * prefetch.chunk_bytes;
     return prefetch;
   }
@@ -170,7 +170,7 @@ class Pass {
   void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
               Prefetch* prefetch, const Scratch& scratch) const {
     const WorkTimer timer(scratch.times, &WorkTimes::decode);
-    kernels_.decode(store_.encoding().format, panel.codes, first, pairs, dst, prefetch);
+    kernels_.decode(panel.codes, first, pairs, dst, prefetch);
   }
 
   // tile += terms.

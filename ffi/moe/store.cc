@@ -54,20 +54,28 @@ PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expe
   return plain;
 }
 
+// To be packed.
+uint8_t* Memory(const BasePanel& panel) {
+  return const_cast<uint8_t*>(panel.codes.codes);
+}
+
 }  // namespace
 
 ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
-                         const Encoding& encoding)
-    : backend_(std::move(backend)), geometry_(geometry), encoding_(encoding) {
+                         const Encoding& encoding, const Encoding& down_encoding)
+    : backend_(std::move(backend)),
+      geometry_(geometry),
+      encoding_(encoding),
+      down_encoding_(down_encoding) {
   CheckDepth(encoding, geometry.hidden, "gate");
-  CheckDepth(encoding, geometry.intermediate, "down");
+  CheckDepth(down_encoding, geometry.intermediate, "down");
   const int count = backend_->pool.config().subpool_count;
   const int padded = geometry_.intermediate_padded();
   // Rows of h are quantised in groups, which should be the same for any number of
   // sub-pools.
   const bool integers =
       encoding.spec().code == Code::kInt8 || encoding.spec().code == Code::kInt4;
-  int unit = std::max(kDepth, encoding.group);
+  int unit = std::max(kDepth, down_encoding.group);
   if (integers && CeilDiv(padded, kInt8Group) >= count) unit = kInt8Group;
   const int units = static_cast<int>(CeilDiv(padded, unit));
   if (units < count) {
@@ -91,17 +99,19 @@ size_t ExpertStore::bytes() const {
   return total;
 }
 
-int64_t ExpertStore::PanelStride(int depth) const {
-  return PanelBytes(kPanelStrips, depth) +
-         (depth >= 512 ? PairBytes(kPanelStrips, kDepth / 2) : 0);
+int64_t ExpertStore::PanelStride(const Encoding& encoding, int depth) {
+  const BasePanel panel = At(encoding, nullptr, kPanelStrips, depth);
+  return panel.Bytes(kPanelStrips, depth) +
+         (depth >= 512 ? panel.PairBytes(kPanelStrips, kDepth / 2) : 0);
 }
 
-BasePanel ExpertStore::At(const uint8_t* memory, int strips, int depth) const {
-  if (!quantised()) return {reinterpret_cast<const bf16*>(memory), {}};
-  return {nullptr, PanelLayout(encoding_, strips, depth).At(memory)};
+BasePanel ExpertStore::At(const Encoding& encoding, const uint8_t* memory, int strips,
+                          int depth) {
+  if (!IsQuantised(encoding)) return {reinterpret_cast<const bf16*>(memory), {}};
+  return {nullptr, PanelLayout(encoding, strips, depth).At(memory)};
 }
 
-void ExpertStore::PackValues(const SourceWeights& source, int shard, int expert) {
+void ExpertStore::PackGateUpValues(const SourceWeights& source, int shard, int expert) {
   const Kernels& kernels = backend_->kernels;
   const auto [begin, width] = shards_[shard];
   const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
@@ -117,6 +127,13 @@ void ExpertStore::PackValues(const SourceWeights& source, int shard, int expert)
     PackStrips(kernels, source.up, hidden, row * hidden, outputs, geometry_.hidden, 1,
                pair + 2 * kStrip, 2 * kPanel);
   }
+}
+
+void ExpertStore::PackDownValues(const SourceWeights& source, int shard, int expert) {
+  const Kernels& kernels = backend_->kernels;
+  const auto [begin, width] = shards_[shard];
+  const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
+  const int depth = std::min<int>(width, geometry_.intermediate - begin);
   for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
     const int strips = DownStrips(panel);
     const int64_t row = expert * hidden + panel * kPanel;
@@ -127,15 +144,11 @@ void ExpertStore::PackValues(const SourceWeights& source, int shard, int expert)
   }
 }
 
-void ExpertStore::PackCodes(const SourceWeights& source, int shard, int expert,
-                            EncodedMatrix& encoded) {
+void ExpertStore::PackGateUpCodes(const SourceWeights& source, int shard, int expert,
+                                  EncodedMatrix& encoded) {
   const auto [begin, width] = shards_[shard];
   const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
   const int depth = std::min(width, intermediate - begin);
-  auto memory = [](const BasePanel& panel) {
-    return const_cast<uint8_t*>(panel.codes.codes);
-  };
-  auto outputs = [](int left) { return std::clamp(left, 0, kStrip); };
 
   // gate's strips are the even ones of a panel, up's the odd ones.
   const PanelLayout gate_up(encoding_, kPanelStrips, geometry_.hidden_padded());
@@ -146,19 +159,26 @@ void ExpertStore::PackCodes(const SourceWeights& source, int shard, int expert,
     const PlainMatrix plain =
         Plain(encoding_, *matrix, expert, intermediate, hidden, name, encoded);
     for (int column = 0; column < width; column += kStrip) {
-      PackStrip(gate_up, plain, begin + column, outputs(depth - column), 0, hidden,
-                column % kDepth / kStrip * 2 + which,
-                memory(GateUp(shard, expert, column / kDepth)));
+      PackStrip(gate_up, plain, begin + column, std::clamp(depth - column, 0, kStrip),
+                0, hidden, column % kDepth / kStrip * 2 + which,
+                Memory(GateUp(shard, expert, column / kDepth)));
     }
   }
+}
+
+void ExpertStore::PackDownCodes(const SourceWeights& source, int shard, int expert,
+                                EncodedMatrix& encoded) {
+  const auto [begin, width] = shards_[shard];
+  const int hidden = geometry_.hidden, intermediate = geometry_.intermediate;
+  const int depth = std::min(width, intermediate - begin);
   const PlainMatrix plain =
-      Plain(encoding_, source.down, expert, hidden, intermediate, "down", encoded);
+      Plain(down_encoding_, source.down, expert, hidden, intermediate, "down", encoded);
   for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
-    const PanelLayout down(encoding_, DownStrips(panel), width);
+    const PanelLayout down(down_encoding_, DownStrips(panel), width);
     for (int strip = 0; strip < DownStrips(panel); ++strip) {
       const int output = panel * kPanel + strip * kStrip;
-      PackStrip(down, plain, output, outputs(hidden - output), begin, depth, strip,
-                memory(Down(shard, expert, panel)));
+      PackStrip(down, plain, output, std::clamp(hidden - output, 0, kStrip), begin,
+                depth, strip, Memory(Down(shard, expert, panel)));
     }
   }
 }
@@ -169,10 +189,15 @@ void ExpertStore::Pack(const SourceWeights& source) {
     const int shard = worker.subpool();
     EncodedMatrix encoded;
     for (int e; (e = next[shard].fetch_add(1)) < geometry_.experts;) {
-      if (quantised()) {
-        PackCodes(source, shard, e, encoded);
+      if (IsQuantised(encoding_)) {
+        PackGateUpCodes(source, shard, e, encoded);
       } else {
-        PackValues(source, shard, e);
+        PackGateUpValues(source, shard, e);
+      }
+      if (IsQuantised(down_encoding_)) {
+        PackDownCodes(source, shard, e, encoded);
+      } else {
+        PackDownValues(source, shard, e);
       }
     }
   });
@@ -189,8 +214,7 @@ void ExpertStore::Dequantize(float* gate, float* up, float* down) const {
         kPanel * static_cast<size_t>(std::max(geometry_.hidden_padded(), width)));
     auto values = [&](const BasePanel& panel, int depth) {
       if (panel.values) return panel.values;
-      backend_->kernels.decode(encoding_.format, panel.codes, 0, depth / 2,
-                               decoded.data(), nullptr);
+      backend_->kernels.decode(panel.codes, 0, depth / 2, decoded.data(), nullptr);
       return static_cast<const bf16*>(decoded.data());
     };
     for (int e; (e = next[s].fetch_add(1)) < geometry_.experts;) {

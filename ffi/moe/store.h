@@ -78,7 +78,16 @@ struct SourceWeights {
 // A panel of base weights: bfloat16 values, or (null) codes.
 struct BasePanel {
   const bf16* values;
-  QuantPanel codes;
+  QuantPanel codes;  // of values the format alone, kBf16
+
+  // Of a panel of so many strips and depths, scales counted.
+  int64_t Bytes(int strips, int depth) const {
+    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2) : codes.bytes;
+  }
+  // Of so many depth pairs, a multiple of 16, scales not counted.
+  int64_t PairBytes(int strips, int64_t pairs) const {
+    return 2 * pairs * kStrip * strips * SpecOf(codes.format).bits() / 8;
+  }
 };
 
 // Layout, for every shard and expert one block of panels (gemm/kernel.h):
@@ -88,12 +97,12 @@ struct BasePanel {
 // * down: panel p holds outputs 64 p .. 64 p + 63 of hidden_padded over the depth
 // `width`.
 // In a quantised format a panel is a QuantPanel; a shard begins at a multiple of the
-// group.
+// group. down may be in another format than gate and up.
 class ExpertStore {
  public:
   // Throws std::invalid_argument when the geometry cannot be split over the sub-pools.
   ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
-              const Encoding& encoding);
+              const Encoding& encoding, const Encoding& down_encoding);
 
   // Packs all experts on the pool's threads, which so place the pages on their nodes.
   // Values are quantised to the store's format first. Throws std::invalid_argument for
@@ -114,42 +123,48 @@ class ExpertStore {
   }
 
   const Geometry& geometry() const { return geometry_; }
+  // Of gate and up, and of down.
   const Encoding& encoding() const { return encoding_; }
-  bool quantised() const { return encoding_.format != Format::kBf16; }
+  const Encoding& down_encoding() const { return down_encoding_; }
+  // Whether any matrix has panels of codes.
+  bool quantised() const {
+    return IsQuantised(encoding_) || IsQuantised(down_encoding_);
+  }
   const std::shared_ptr<Backend>& backend() const { return backend_; }
   const std::vector<Shard>& shards() const { return shards_; }
   size_t bytes() const;
 
   BasePanel GateUp(int shard, int expert, int panel) const {
-    return At(Block(shard, expert) + panel * GateUpStride(), kPanelStrips,
+    return At(encoding_, Block(shard, expert) + panel * GateUpStride(), kPanelStrips,
               geometry_.hidden_padded());
   }
   BasePanel Down(int shard, int expert, int panel) const {
-    return At(Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard),
+    return At(down_encoding_,
+              Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard),
               DownStrips(panel), shards_[shard].width);
   }
   // Bytes between two panels of an expert.
-  int64_t GateUpStride() const { return PanelStride(geometry_.hidden_padded()); }
-  int64_t DownStride(int shard) const { return PanelStride(shards_[shard].width); }
+  int64_t GateUpStride() const {
+    return PanelStride(encoding_, geometry_.hidden_padded());
+  }
+  int64_t DownStride(int shard) const {
+    return PanelStride(down_encoding_, shards_[shard].width);
+  }
   int DownStrips(int panel) const {
     const int left = geometry_.hidden_padded() / kStrip - panel * kPanelStrips;
     return left < kPanelStrips ? left : kPanelStrips;
   }
-  int64_t PanelBytes(int strips, int depth) const {
-    return quantised() ? PanelLayout(encoding_, strips, depth).bytes
-                       : PairBytes(strips, depth / 2);
-  }
-  // Bytes of `pairs` depth pairs of a panel, scales not counted.
-  int64_t PairBytes(int strips, int64_t pairs) const {
-    return encoding_.code_columns(2 * pairs) * kStrip * strips;
-  }
 
  private:
-  BasePanel At(const uint8_t* memory, int strips, int depth) const;
+  static bool IsQuantised(const Encoding& encoding) {
+    return encoding.format != Format::kBf16;
+  }
+  static BasePanel At(const Encoding& encoding, const uint8_t* memory, int strips,
+                      int depth);
   // Large panels are 32 depths further apart than they are long. The backward reads the
   // same rows of every panel of an expert: a power of two apart (256 KiB for a hidden
   // size of 2048), they would share a few sets of L1 and L2 and evict one another.
-  int64_t PanelStride(int depth) const;
+  static int64_t PanelStride(const Encoding& encoding, int depth);
   int64_t GateUpSize(int shard) const {
     return shards_[shard].width / kDepth * GateUpStride();
   }
@@ -161,13 +176,17 @@ class ExpertStore {
     return static_cast<const uint8_t*>(memory_[shard].data()) +
            expert * BlockSize(shard);
   }
-  void PackValues(const SourceWeights& source, int shard, int expert);
-  void PackCodes(const SourceWeights& source, int shard, int expert,
-                 EncodedMatrix& encoded);
+  void PackGateUpValues(const SourceWeights& source, int shard, int expert);
+  void PackDownValues(const SourceWeights& source, int shard, int expert);
+  void PackGateUpCodes(const SourceWeights& source, int shard, int expert,
+                       EncodedMatrix& encoded);
+  void PackDownCodes(const SourceWeights& source, int shard, int expert,
+                     EncodedMatrix& encoded);
 
   std::shared_ptr<Backend> backend_;
   Geometry geometry_;
   Encoding encoding_;
+  Encoding down_encoding_;
   std::vector<Shard> shards_;
   std::vector<AlignedBuffer> memory_;  // one per shard, on its node
   mutable std::mutex lora_mutex_;

@@ -172,6 +172,10 @@ class FormatSuite {
       }
       TestPrefetch(encoding);
     }
+    for (int i = 0; i < kFormats; ++i) {
+      const FormatSpec& spec = SpecOf(static_cast<Format>(i));
+      if (spec.blocks) TestBlocks(MakeEncoding(spec.name, 0, false));
+    }
   }
 
  private:
@@ -220,7 +224,7 @@ class FormatSuite {
         const float value =
             inside ? source.Value(place.first_output + n, place.first_depth + d) : 0.0f;
         expected[d / 2 * 2 * width + 2 * n + d % 2] = RoundToBf16(value);
-        wrong += PanelValue(encoding, panel, d, n) != value;
+        wrong += PanelValue(panel, d, n) != value;
       }
     }
     KTJAX_CHECK(wrong == 0, "%s: %d other values in the panel", encoding.spec().name,
@@ -244,8 +248,8 @@ class FormatSuite {
     Guarded<bf16> got(count * block);
     {
       const FlushMode mode(flush);
-      kernels_.decode(encoding.format, panel, first * kDepth / 2, count * kDepth / 2,
-                      got.data(), nullptr);
+      kernels_.decode(panel, first * kDepth / 2, count * kDepth / 2, got.data(),
+                      nullptr);
     }
     size_t wrong = 0;
     for (size_t i = 0; i < got.size(); ++i) {
@@ -257,6 +261,50 @@ class FormatSuite {
                 kernels_.name, encoding.spec().name, encoding.group,
                 encoding.zero_points ? ", zero points" : "", panel.strips, first, count,
                 flush ? ", flushing" : "", wrong);
+  }
+
+  // The blocks of GGUF, against the value of each weight in the panel, which the tests
+  // in Python hold against the gguf package.
+  void TestBlocks(const Encoding& encoding) {
+    const BlockSpec& spec = *encoding.spec().blocks;
+    const int outputs = 40, depth = 512, strips = small_ ? 2 : 4;
+    Random random(7);
+    Guarded<uint8_t> source(outputs * encoding.code_columns(depth));
+    for (size_t i = 0; i < source.size(); ++i) {
+      source[i] = static_cast<uint8_t>(random.Bits());
+    }
+    // Finite halves: below the largest exponent.
+    for (size_t i = 0; i < source.size(); i += spec.bytes) {
+      source[i + spec.scale_at + 1] &= 0xbf;
+      if (spec.mins) source[i + spec.min_at + 1] &= 0xbf;
+    }
+    const PlainMatrix plain{source.data(), nullptr, nullptr, outputs, depth};
+    CheckPlain(encoding, plain, "gate", 0);
+    const PanelLayout layout(encoding, strips, depth);
+    Guarded<uint8_t> memory(layout.bytes);
+    for (int s = 0; s < strips; ++s) {
+      PackStrip(layout, plain, s * kStrip, std::clamp(outputs - s * kStrip, 0, kStrip),
+                0, depth, s, memory.data());
+    }
+    const QuantPanel panel = layout.At(memory.data());
+    const int width = kStrip * strips;
+    std::vector<bf16> expected(static_cast<size_t>(depth) * width);
+    int padding = 0;
+    for (int d = 0; d < depth; ++d) {
+      for (int n = 0; n < width; ++n) {
+        const float value = PanelValue(panel, d, n);
+        expected[d / 2 * 2 * width + 2 * n + d % 2] = RoundToBf16(value);
+        padding += n >= outputs && value != 0;
+      }
+    }
+    KTJAX_CHECK(padding == 0, "%s: %d values in the padding", encoding.spec().name,
+                padding);
+    const int blocks = depth / kDepth;
+    for (int first = 0; first < blocks; first += small_ ? 5 : 1) {
+      for (const bool flush : {false, true}) {
+        TestRange(encoding, panel, first, blocks - first, flush, expected);
+      }
+    }
   }
 
   // Prefetching changes nothing and gets through its chunks.
@@ -271,9 +319,9 @@ class FormatSuite {
     PackStrip(layout, source.plain(), 0, kStrip, 0, depth, 0, bytes.data());
     const QuantPanel panel = layout.At(bytes.data());
     Guarded<bf16> plain(depth * kStrip), got(depth * kStrip);
-    kernels_.decode(encoding.format, panel, 0, depth / 2, plain.data(), nullptr);
+    kernels_.decode(panel, 0, depth / 2, plain.data(), nullptr);
     Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes, 0, 1};
-    kernels_.decode(encoding.format, panel, 0, depth / 2, got.data(), &prefetch);
+    kernels_.decode(panel, 0, depth / 2, got.data(), &prefetch);
     KTJAX_CHECK(!std::memcmp(plain.data(), got.data(), sizeof(bf16) * got.size()),
                 "%s: %s: other bits with prefetching", kernels_.name,
                 encoding.spec().name);

@@ -170,7 +170,7 @@ void TestEncodings() {
     for (int o = 0; o < kStrip; ++o) {
       for (int d = 0; d < depth; ++d) {
         const float w = weights[o * depth + d];
-        values[o * depth + d] = PanelValue(encoding, panel, d, o);
+        values[o * depth + d] = PanelValue(panel, d, o);
         error += std::pow(values[o * depth + d] - w, 2);
         norm += w * w;
       }

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ktjax.quant.formats import FORMATS, Encoding
+from ktjax.quant.formats import ENCODED_FORMATS, Encoding
 from ktjax.train.options import Option, check_fields
 
 
@@ -57,7 +57,7 @@ class ConvertConfig:
     ]
     out: Annotated[Path, Option("directory to make")]
     experts: Annotated[
-        str, Option(f"storage format of the experts: {', '.join(FORMATS)}")
+        str, Option(f"storage format of the experts: {', '.join(ENCODED_FORMATS)}")
     ] = "int8"
     group_size: Annotated[
         int | None,
@@ -69,7 +69,9 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        Encoding.of(self.experts, self.group_size, self.zero_point, where="convert")
+        Encoding.of(
+            self.experts, self.group_size, self.zero_point, where="convert"
+        ).check_encoded(where="convert")
 
 
 @dataclasses.dataclass(frozen=True)

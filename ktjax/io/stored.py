@@ -25,7 +25,7 @@ import numpy as np
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.quant import FORMATS, Encoding, Quantized, decode
-from ktjax.quant.formats import BLOCK
+from ktjax.quant.formats import BLOCK, ENCODED_FORMATS
 
 Array = np.ndarray[Any, Any]
 
@@ -122,7 +122,7 @@ def _kind(checkpoint: Checkpoint, at: str) -> str:
             raise CheckpointError(
                 f"{checkpoint.path}: {at}.{name}: quantised weights with this tensor "
                 "are not read; convert the checkpoint to BF16 or to one of "
-                f"{', '.join(FORMATS)}"
+                f"{', '.join(ENCODED_FORMATS)}"
             )
     if f"{at}.weight_packed" in checkpoint:
         dtype = checkpoint[f"{at}.weight_packed"].dtype

@@ -19,9 +19,9 @@ from ktjax.io.stored import read_dense
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
 from ktjax.nn import GatedMLP, ReferenceExperts, RoutedExperts
-from ktjax.quant.formats import FORMATS, Encoding, check_compute
+from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
 
-EXPERTS = ("auto", *FORMATS, "reference")
+EXPERTS = ("auto", *ENCODED_FORMATS, "reference")
 
 
 class _Unloaded(nnx.Module):
@@ -82,7 +82,7 @@ def from_pretrained(
             f"from_pretrained: experts must be one of {', '.join(EXPERTS)}, "
             f"got {experts!r}"
         )
-    if experts in FORMATS:
+    if experts in ENCODED_FORMATS:
         Encoding.of(experts, group_size, zero_point, where="from_pretrained")
     elif group_size is not None or zero_point:
         raise ValueError(

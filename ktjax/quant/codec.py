@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ktjax.quant import integers
+from ktjax.quant.blocks import dequantize_blocks
 from ktjax.quant.floats import (
     E2M1_VALUES,
     E4M3_VALUES,
@@ -42,11 +43,12 @@ def encode(
       The plain arrays of the format (see `Quantized`). For "bf16" the scales are None.
 
     Raises:
-      ValueError: an unknown format or option, a depth that groups do not divide, NaN or
-        Inf in w, or a range of weights that float32 cannot hold.
+      ValueError: an unknown format or option, a format of GGUF, a depth that groups do
+        not divide, NaN or Inf in w, or a range of weights that float32 cannot hold.
       TypeError: another dtype.
     """
     encoding = Encoding.of(format, group_size, zero_point, where="encode")
+    encoding.check_encoded(where="encode")
     w = np.asarray(w)
     if w.dtype not in (np.float32, ml_dtypes.bfloat16):
         raise TypeError(f"encode: w: expected float32 or bfloat16, got {w.dtype}")
@@ -87,7 +89,7 @@ def decode(q: Quantized, format: str, *, depth: int | None = None) -> Array:
 
     Args:
       q: plain arrays of the format, `[..., outputs, depth]`; not checked here.
-      format: a name in `FORMATS`.
+      format: a name in `FORMATS`; of formats of GGUF see also `dequantize_blocks`.
       depth: the depth, where 4-bit values leave it open: an odd depth has half a byte
         of padding. None = all that the values hold.
 
@@ -98,6 +100,8 @@ def decode(q: Quantized, format: str, *, depth: int | None = None) -> Array:
     if format == "bf16":
         return values.astype(np.float32)
     spec = Encoding.of(format, where="decode").spec
+    if spec.block_bytes:
+        return round_bfloat16(dequantize_blocks(values, format))
     held = values.shape[-1] * (2 if spec.bits == 4 else 1)
     depth = held if depth is None else depth
     *lead, outputs, width = values.shape

@@ -7,6 +7,9 @@ the forward, the backward and `ExpertStore.dequantize` alike, is
 
 computed in float32 and rounded once, to nearest even. Magnitudes below 2^-126 count as
 zero: the kernels flush them. docs/formats.md has the rules by which codes are chosen.
+
+The formats of GGUF files come in blocks, whose values `ktjax.quant.blocks` has. They
+are rounded to bfloat16 like all others.
 """
 
 from __future__ import annotations
@@ -33,23 +36,29 @@ class Format:
       name: as arguments and the command line have it.
       bits: of a code; two 4-bit codes share a byte, the even depth in the low half.
       code: what the bits mean. "int4" is stored as value + 8, or unsigned with a zero
-        point.
+        point. "blocks" are those of GGUF, with their scales among them.
       scale: the scales' dtype. "e8m0" is a byte, 2^(byte - 127).
       group: depths that share a scale; 0 = the whole row.
       group_sizes: what the user may choose for `group`, the default last; empty where
         the format fixes it.
       block_outputs: outputs that share a scale.
       int8_compute: whether `compute="int8"` can take its codes as they are.
+      block_bytes: bytes of a block of `group` weights; 0 = no format in blocks.
     """
 
     name: str
     bits: int
-    code: Literal["bf16", "int8", "int4", "e4m3", "e2m1"]
+    code: Literal["bf16", "int8", "int4", "e4m3", "e2m1", "blocks"]
     scale: Literal["float32", "bfloat16", "e8m0"] | None
     group: int = 0
     group_sizes: tuple[int, ...] = ()
     block_outputs: int = 1
     int8_compute: bool = False
+    block_bytes: int = 0
+
+
+def _blocks(name: str, bits: int, group: int, block_bytes: int) -> Format:
+    return Format(name, bits, "blocks", None, group=group, block_bytes=block_bytes)
 
 
 FORMATS: dict[str, Format] = {
@@ -70,8 +79,23 @@ FORMATS: dict[str, Format] = {
         Format("fp8_channel", 8, "e4m3", "float32"),
         Format("rawint4", 4, "int4", "bfloat16", group=32, int8_compute=True),
         Format("mxfp4", 4, "e2m1", "e8m0", group=32),
+        _blocks("q4_0", 4, 32, 18),
+        _blocks("q4_1", 4, 32, 20),
+        _blocks("q5_0", 5, 32, 22),
+        _blocks("q5_1", 5, 32, 24),
+        _blocks("q8_0", 8, 32, 34),
+        _blocks("q2_k", 2, 256, 84),
+        _blocks("q3_k", 3, 256, 110),
+        _blocks("q4_k", 4, 256, 144),
+        _blocks("q5_k", 5, 256, 176),
+        _blocks("q6_k", 6, 256, 210),
+        _blocks("iq4_nl", 4, 32, 18),
+        _blocks("iq4_xs", 4, 256, 136),
     )
 }
+# Those of GGUF files, and those that weights can be quantised to.
+BLOCK_FORMATS = tuple(name for name, row in FORMATS.items() if row.block_bytes)
+ENCODED_FORMATS = tuple(name for name, row in FORMATS.items() if not row.block_bytes)
 
 _SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -84,6 +108,7 @@ _VALUE_DTYPES: dict[str, np.dtype[Any]] = {
     "int4": np.dtype(np.uint8),
     "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "e2m1": np.dtype(np.uint8),
+    "blocks": np.dtype(np.uint8),
 }
 
 
@@ -101,18 +126,19 @@ class Quantized(NamedTuple):
     | fp8_channel | float8_e4m3fn `[E, O, D]` | float32 `[E, O]` | |
     | rawint4 | uint8 `[E, O, D/2]` | bfloat16 `[E, O, D/32]` | |
     | mxfp4 | uint8 `[E, O, D/2]` | uint8 `[E, O, D/32]`, the exponent + 127 | |
+    | those of GGUF | uint8 `[E, O, bytes of a row of blocks]` | | |
 
     4-bit values may also be int32 `[E, O, D/8]`, the same bytes (compressed-tensors);
     float8_e4m3fn and float8_e8m0fnu may be their bits, uint8.
 
     Attributes:
       values: the codes.
-      scales: the scales; None only for "bf16", which has none.
+      scales: the scales; None for "bf16" and the formats of GGUF.
       zeros: the zero points, 0 to 15; only for int4_kgroup, where None = symmetric.
     """
 
     values: Array
-    scales: Array
+    scales: Array | None = None
     zeros: Array | None = None
 
 
@@ -190,10 +216,24 @@ class Encoding(NamedTuple):
                 f"format {self.format!r}, got {depth}"
             )
 
+    def check_encoded(self, *, where: str) -> None:
+        """Whether weights can be quantised to the format.
+
+        Raises:
+          ValueError: it is one of GGUF, which are read only; `where` begins the error.
+        """
+        if self.spec.block_bytes:
+            raise ValueError(
+                f"{where}: format: {self.format!r} is read from GGUF files; weights "
+                f"can be quantised to one of {list(ENCODED_FORMATS)}"
+            )
+
     def shapes(self, outputs: int, depth: int) -> dict[str, ShapeAndDtype]:
         """Shape and dtype of each plain array of one matrix, by name."""
         spec = self.spec
         width = depth if spec.bits > 4 else -(-depth // 2)
+        if spec.block_bytes:
+            width = depth // spec.group * spec.block_bytes
         arrays: dict[str, ShapeAndDtype] = {
             "values": ((outputs, width), _VALUE_DTYPES[spec.code])
         }

@@ -89,6 +89,8 @@ def _check_array(
 
 def _check_contents(arrays: dict[str, Array], encoding: Encoding, where: str) -> None:
     spec = encoding.spec
+    if spec.block_bytes:
+        return  # the native library looks at scales as it unpacks the blocks
     for expert, scales in _pieces(arrays["scales"]):
         if spec.scale == "e8m0":
             bad = scales == 0xFF  # NaN; E8M0 has neither signs nor infinities

@@ -22,6 +22,7 @@ compile gemm/amx_bf16 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx5
 compile gemm/amx_emulated
 compile base/cpu
 compile format/format
+compile format/pack_blocks
 compile format/panel
 compile testing/amx_program
 mkdir -p "$(dirname "$program")"

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ktjax.io.gguf import GGUFCheckpoint
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.io.stream import Spec, save_stream
@@ -129,7 +130,7 @@ def source_of(checkpoint: Checkpoint, layer_idx: int) -> str:
     return _metadata(checkpoint, layer_idx).get("source", "")
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint | GGUFCheckpoint) -> str:
     """A name of this state of a checkpoint: its files, their sizes and times."""
     paths = {checkpoint.file_of(name).path for name in checkpoint}
     facts = []

@@ -35,12 +35,19 @@ class ExpertWeights:
       gate: `[slots, intermediate, hidden]` in the checkpoint's dtype, or quantised.
       up: likewise.
       down: `[slots, hidden, intermediate]`, likewise.
+      down_encoding: that of down, where it is another: GGUF files mix formats.
     """
 
     encoding: Encoding
     gate: Array | Quantized
     up: Array | Quantized
     down: Array | Quantized
+    down_encoding: Encoding | None = None
+
+    @property
+    def encodings(self) -> tuple[Encoding, Encoding, Encoding]:
+        """The formats of gate, up and down."""
+        return self.encoding, self.encoding, self.down_encoding or self.encoding
 
     def arrays(self) -> tuple[Array | Quantized, ...]:
         """gate, up and down."""
@@ -57,15 +64,17 @@ class ExpertWeights:
     def take(self, order: Sequence[int]) -> ExpertWeights:
         """Copies of the experts `order`, in that order."""
         slots = list(order)
-        return ExpertWeights(self.encoding, *(_take(m, slots) for m in self.arrays()))
+        matrices = (_take(matrix, slots) for matrix in self.arrays())
+        return ExpertWeights(self.encoding, *matrices, self.down_encoding)
 
     def dequantize(self) -> tuple[Array, Array, Array]:
         """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""
         _, intermediate, hidden = self.shape
+        gate, up, down = self.encodings
         return (
-            _dequantize(self.gate, self.encoding, hidden),
-            _dequantize(self.up, self.encoding, hidden),
-            _dequantize(self.down, self.encoding, intermediate),
+            _dequantize(self.gate, gate, hidden),
+            _dequantize(self.up, up, hidden),
+            _dequantize(self.down, down, intermediate),
         )
 
 
@@ -121,7 +130,7 @@ def read_experts(
       ValueError: shapes or dtypes that do not fit together, or a bad map.
     """
     at = f"{prefix}.{layer_idx}"
-    order = _check_map(physical_to_logical_map, num_experts)
+    order = check_map(physical_to_logical_map, num_experts)
     if has_converted(checkpoint, layer_idx):
         encoding, matrices = read_converted(checkpoint, layer_idx, num_experts)
         converted = ExpertWeights(encoding, *matrices)
@@ -196,7 +205,12 @@ def load_experts(
     ).dequantize()
 
 
-def _check_map(mapping: Sequence[int] | Array | None, num_experts: int) -> list[int]:
+def check_map(mapping: Sequence[int] | Array | None, num_experts: int) -> list[int]:
+    """`physical_to_logical_map` as a list; None = every expert in its own place.
+
+    Raises:
+      ValueError: no integers, or an index outside 0..num_experts - 1.
+    """
     if num_experts <= 0:
         raise ValueError(
             f"load_experts: num_experts must be positive, got {num_experts}"

@@ -65,7 +65,7 @@ class SafetensorsFile:
         """
         entry = self.entries.get(name)
         if entry is None:
-            raise KeyError(_missing(name, self.path, self.entries))
+            raise KeyError(missing(name, self.path, self.entries))
         data = self._data[entry.start : entry.stop]
         return data.view(entry.dtype).reshape(entry.shape).view(np.ndarray)
 
@@ -116,7 +116,7 @@ class Checkpoint:
         """
         file = self._file_of.get(name)
         if file is None:
-            raise KeyError(_missing(name, self.path, self._file_of))
+            raise KeyError(missing(name, self.path, self._file_of))
         return file
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
@@ -207,7 +207,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _missing(name: str, path: Path, known: Mapping[str, Any]) -> str:
+def missing(name: str, path: Path, known: Mapping[str, Any]) -> str:
+    """What to say of a tensor that is not there."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"; close: {', '.join(close)}" if close else ""
     return f"{path}: no tensor {name!r} among {len(known)}{hint}"

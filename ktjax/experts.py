@@ -23,9 +23,7 @@ class KTMoEWrapper:
       SFT_METHODS: methods of mode "sft".
     """
 
-    INFERENCE_METHODS: ClassVar[frozenset[str]] = frozenset(
-        {*experts_inference.METHODS, "LLAMAFILE"}
-    )
+    INFERENCE_METHODS: ClassVar[frozenset[str]] = frozenset(experts_inference.METHODS)
     SFT_METHODS: ClassVar[frozenset[str]] = frozenset(AMXSFTMoEWrapper.METHODS)
 
     set_capture_batch_sizes = staticmethod(BaseMoEWrapper.set_capture_batch_sizes)
@@ -69,7 +67,8 @@ class KTMoEWrapper:
             mode "sft".
           cpuinfer_threads: threads of each sub-pool of the worker pool.
           threadpool_count: sub-pools of the worker pool, one per NUMA node.
-          weight_path: the checkpoint, a safetensors file or a directory of them.
+          weight_path: the checkpoint, a safetensors file or a directory of them; or
+            likewise of GGUF, which methods "LLAMAFILE" and "GGUF_SFT" need.
           chunked_prefill_size: mode "inference" only: the most tokens that are computed
             at once; more are computed in pieces, with the same result.
           cpu_save: mode "inference" only: also save the converted weights.
@@ -96,7 +95,6 @@ class KTMoEWrapper:
         Raises:
           ValueError: an unknown mode, a method outside the mode's set, or a setting
             outside its limits.
-          NotImplementedError: method "LLAMAFILE", which is not built yet.
           RuntimeError: the worker pool already runs with another configuration.
         """
         if mode not in ("inference", "sft"):
@@ -107,12 +105,6 @@ class KTMoEWrapper:
             raise ValueError(
                 f"Method '{method}' is not supported in {name} mode. "
                 f"Supported methods: {sorted(supported)}"
-            )
-        if method == "LLAMAFILE":
-            raise NotImplementedError(
-                "Method 'LLAMAFILE' of mode 'inference' is not built yet: GGUF files "
-                "are not read. Methods that are built: "
-                f"{sorted(experts_inference.METHODS)}"
             )
         if mode == "inference":
             return InferenceMoEWrapper(

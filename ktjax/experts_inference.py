@@ -23,7 +23,7 @@ from ktjax.io import converted
 from ktjax.io.safetensors import Checkpoint
 from ktjax.ops import grouped
 from ktjax.ops.api import moe
-from ktjax.quant.formats import Encoding, check_compute
+from ktjax.quant.formats import BLOCK_FORMATS, Encoding, check_compute
 
 Array = Any
 Compute = Literal["bf16", "int8"]
@@ -53,6 +53,8 @@ METHODS: dict[str, Method] = {
     "FP8_PERCHANNEL": Method(("fp8_channel",), "bf16"),
     "MXFP4": Method(("mxfp4",), "bf16"),
     "BF16": Method(("bf16",), "bf16"),
+    # What a GGUF file has, as it has it.
+    "LLAMAFILE": Method(("bf16", *BLOCK_FORMATS), "bf16"),
 }
 
 
@@ -156,6 +158,11 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
         formats, usual = METHODS[method]
         Encoding.of(formats[0], group_size, zero_point, where=method)
         check_compute(compute, formats[0], where=method)
+        if cpu_save and method == "LLAMAFILE":
+            raise ValueError(
+                "cpu_save must be False for method 'LLAMAFILE': a GGUF file loads "
+                "without a conversion, so there is nothing to save"
+            )
         super().__init__(
             layer_idx,
             num_experts,
@@ -217,15 +224,19 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
 
     def _source(self) -> Source:
         """Saved experts where they are those of the checkpoint, else the checkpoint."""
+        if self._keeps_blocks:
+            return super()._source()
         saved = self.saved_weights
         try:
-            checkpoint = Checkpoint(self.weight_path)
+            checkpoint = self._open()
         except FileNotFoundError:
             if not saved.is_file():
                 raise
             return self._read(Checkpoint(saved))
         source = self._read(checkpoint)
-        if converted.has_converted(checkpoint, self.layer_idx):
+        if isinstance(checkpoint, Checkpoint) and converted.has_converted(
+            checkpoint, self.layer_idx
+        ):
             return source
         if not (self.cpu_save or saved.is_file()):
             return source

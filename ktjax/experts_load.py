@@ -41,6 +41,11 @@ def encoding_of(
     """
     if not isinstance(gate, Quantized):
         return Encoding.of("bf16")
+    if any(FORMATS[name].block_bytes for name in formats):
+        raise ValueError(
+            f"{where}: blocks of GGUF do not say which format they have: load them "
+            "from their file, or make a store with ktjax.ExpertStore.from_arrays"
+        )
     format = formats[0]
     if "fp8_channel" in formats and np.ndim(gate.scales) == 2:
         format = "fp8_channel"
@@ -141,12 +146,13 @@ def make_store(
     Raises:
       ValueError, TypeError, MemoryError: see `ExpertStore.from_arrays`.
     """
-    asked, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    asked, down, arrays = _prepare(weights, formats, group_size, zero_point, where)
     return ExpertStore.from_arrays(
         *arrays,
         format=asked.format,
         group_size=asked.group_size or None,
         zero_point=asked.zero_point,
+        down_format=down.format,
         pool=pool,
     )
 
@@ -179,7 +185,9 @@ def encode_experts(
         quantised, or what `ExpertStore.from_arrays` refuses of quantised ones.
       TypeError: wrong dtypes.
     """
-    asked, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    asked, down, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    for encoding in (asked, down):
+        encoding.check_encoded(where=where)
     backend.get_pool()
     _, intermediate, hidden = weights.shape
     sizes = {
@@ -202,9 +210,15 @@ def _prepare(
     group_size: int | None,
     zero_point: bool,
     where: str,
-) -> tuple[Encoding, tuple[np.ndarray | Quantized, ...]]:
-    """The encoding to have, and the arrays: in it already, or to be quantised."""
-    stored = weights.encoding
+) -> tuple[Encoding, Encoding, tuple[np.ndarray | Quantized, ...]]:
+    """The encoding to have, that of down, and the arrays: in it, or to be quantised."""
+    stored, _, down = weights.encodings
+    if stored != down:
+        if stored.format in formats and down.format in formats:
+            return stored, down, weights.arrays()
+        # Not both are kept, so none is: the one that has to go stands for both.
+        if stored.format == "bf16" or stored.format in formats:
+            stored = down
     asked = choose_encoding(stored, formats, group_size, zero_point, where=where)
     arrays = weights.arrays()
     if stored.format == "rawint4" and asked == stored._replace(format="int4_kgroup"):
@@ -218,7 +232,7 @@ def _prepare(
                 stacklevel=4,
             )
         arrays = weights.dequantize()
-    return asked, arrays
+    return asked, asked, arrays
 
 
 def _encode(

@@ -13,7 +13,7 @@ from ktjax.experts_sft_base import LORA_NAMES, BaseSFTMoEWrapper
 from ktjax.experts_weights import LoadsExperts
 from ktjax.lora import LoRA
 from ktjax.ops.api import moe
-from ktjax.quant.formats import Encoding, check_compute
+from ktjax.quant.formats import BLOCK_FORMATS, Encoding, check_compute
 from ktjax.store import ExpertStore
 
 __all__ = ["AMXSFTMoEWrapper", "BaseSFTMoEWrapper", "KExpertsSFTBuffer"]
@@ -59,6 +59,8 @@ class AMXSFTMoEWrapper(LoadsExperts, BaseSFTMoEWrapper):
         "AMXFP8_SFT": ("fp8_block", "fp8_channel"),
         "RAWINT4_SFT": ("rawint4",),
         "AMXMXFP4_SFT": ("mxfp4",),
+        # What a GGUF file has, as it has it.
+        "GGUF_SFT": ("bf16", *BLOCK_FORMATS),
     }
 
     def __init__(

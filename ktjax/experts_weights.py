@@ -14,8 +14,10 @@ from ktjax import experts_arrays, experts_state
 from ktjax.experts_base import _MoEBase
 from ktjax.experts_load import check_sizes, encoding_of, make_store
 from ktjax.io.experts import ExpertWeights, read_experts
+from ktjax.io.gguf import GGUFCheckpoint, is_gguf
+from ktjax.io.gguf_experts import read_gguf_experts
 from ktjax.io.safetensors import Checkpoint
-from ktjax.quant.formats import Quantized
+from ktjax.quant.formats import BLOCK_FORMATS, Quantized
 from ktjax.store import ExpertStore
 
 Array = Any
@@ -57,7 +59,8 @@ class LoadsExperts(_MoEBase, nnx.Module):
 
         A checkpoint in a format of the method is taken as it is; float weights are
         quantised. One that is quantised in another format is quantised again, from its
-        exact values and with a warning. Loading again replaces the weights.
+        exact values and with a warning. Loading again replaces the weights. The
+        checkpoint may be in GGUF; methods that keep GGUF's blocks want no other.
 
         Args:
           physical_to_logical_map: `[num_experts]` integers: slot p holds expert map[p];
@@ -66,8 +69,8 @@ class LoadsExperts(_MoEBase, nnx.Module):
         Raises:
           FileNotFoundError: there is no checkpoint at `weight_path`.
           KeyError: it has no experts for this layer.
-          ValueError: a bad map, tensors that do not have the wrapper's sizes, or what
-            `ExpertStore.from_arrays` refuses.
+          ValueError: a bad map, tensors that do not have the wrapper's sizes, what
+            `ExpertStore.from_arrays` refuses, or no GGUF where the method wants it.
         """
         order = None
         if physical_to_logical_map is not None:
@@ -128,10 +131,36 @@ class LoadsExperts(_MoEBase, nnx.Module):
 
     def _source(self) -> Source:
         """The experts of the layer in the checkpoint."""
-        return self._read(Checkpoint(self.weight_path))
+        return self._read(self._open())
 
-    def _read(self, checkpoint: Checkpoint, experts: int | None = None) -> Source:
+    @property
+    def _keeps_blocks(self) -> bool:
+        """Whether the method is one of GGUF's."""
+        return not set(BLOCK_FORMATS).isdisjoint(self._formats)
+
+    def _open(self) -> Checkpoint | GGUFCheckpoint:
+        """The checkpoint at `weight_path`."""
+        if is_gguf(self.weight_path):
+            return GGUFCheckpoint(self.weight_path)
+        checkpoint = Checkpoint(self.weight_path)
+        if self._keeps_blocks:
+            raise ValueError(
+                f"load_weights: method {self.method!r} reads GGUF: expected a .gguf "
+                f"file or a directory of them as weight_path, got {self.weight_path!r}"
+            )
+        return checkpoint
+
+    def _read(
+        self, checkpoint: Checkpoint | GGUFCheckpoint, experts: int | None = None
+    ) -> Source:
         """The experts of the layer in this checkpoint, which has so many."""
+        if isinstance(checkpoint, GGUFCheckpoint):
+            return lambda order: read_gguf_experts(
+                checkpoint,
+                self.layer_idx,
+                experts or self.num_experts,
+                physical_to_logical_map=order,
+            )
         return lambda order: read_experts(
             checkpoint,
             self.layer_idx,

@@ -73,6 +73,7 @@ def test_method_sets():
         "AMXINT4_SFT",
         "AMXINT8_SFT",
         "AMXMXFP4_SFT",
+        "GGUF_SFT",
         "RAWINT4_SFT",
     ]
 
@@ -94,7 +95,7 @@ def test_method_must_belong_to_the_mode():
         ValueError,
         "Method 'AMXINT4' is not supported in SFT mode. Supported methods: "
         "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
-        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'RAWINT4_SFT']",
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
     ):
         KTMoEWrapper(**arguments(method="AMXINT4"))
 
@@ -114,14 +115,12 @@ def test_bf16_sft_is_built():
     assert wrapper.cpu_infer is backend.get_pool()
 
 
-@pytest.mark.parametrize(
-    "method", sorted(KTMoEWrapper.INFERENCE_METHODS - {"LLAMAFILE"})
-)
+@pytest.mark.parametrize("method", sorted(KTMoEWrapper.INFERENCE_METHODS))
 def test_inference_is_built(method):
     settings = arguments(
         mode="inference",
         method=method,
-        cpu_save=True,
+        cpu_save=method != "LLAMAFILE",
         max_deferred_experts_per_token=1,
     )
     wrapper = KTMoEWrapper(**settings)
@@ -142,14 +141,13 @@ def test_the_default_is_inference_in_int4():
     assert wrapper.method == "AMXINT4"
 
 
-def test_gguf_names_what_is_built():
+def test_gguf_has_nothing_to_save():
     with refuses(
-        NotImplementedError,
-        "Method 'LLAMAFILE' of mode 'inference' is not built yet: GGUF files are not "
-        "read. Methods that are built: ['AMXINT4', 'AMXINT8', 'BF16', 'FP8', "
-        "'FP8_PERCHANNEL', 'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
+        ValueError,
+        "cpu_save must be False for method 'LLAMAFILE': a GGUF file loads without a "
+        "conversion, so there is nothing to save",
     ):
-        KTMoEWrapper(**arguments(mode="inference", method="LLAMAFILE"))
+        KTMoEWrapper(**arguments(mode="inference", method="LLAMAFILE", cpu_save=True))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_wrapper_class_refuses_unknown_method():
         ValueError,
         "Unsupported method: FP8. Supported methods: "
         "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
-        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'RAWINT4_SFT']",
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
     ):
         AMXSFTMoEWrapper(**sizes, method="FP8")
 

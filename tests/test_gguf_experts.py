@@ -1,0 +1,328 @@
+"""Experts from GGUF files: every layout, and the wrappers that compute on them."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from gguf_cases import BLOCKS, Tensor, random_blocks, tensor, write_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inference_support import make, reference, tokens
+from wrapper_support import arguments, assert_close
+
+import ktjax
+from ktjax import quant
+from ktjax.experts import KTMoEWrapper
+from ktjax.experts_load import make_store
+from ktjax.io import CheckpointError, GGUFCheckpoint, read_gguf_experts, save_file
+from ktjax.quant import Quantized
+
+EXPERTS, HIDDEN, INNER = 4, 256, 512
+SIZES = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 3,
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": INNER,
+}
+SHAPES = {
+    "gate": (EXPERTS, INNER, HIDDEN),
+    "up": (EXPERTS, INNER, HIDDEN),
+    "down": (EXPERTS, HIDDEN, INNER),
+}
+
+
+def matrix(name, format):
+    """What a file holds of one matrix: blocks, or numbers of a dtype."""
+    shape, seed = SHAPES[name], list(SHAPES).index(name)
+    if format in BLOCKS:
+        return random_blocks(format, shape, seed)
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return (values * shape[-1] ** -0.5).astype(format)
+
+
+def values_of(array, format):
+    """The float32 values that the kernels use."""
+    if format in BLOCKS:
+        return quant.decode(Quantized(array), format)
+    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def layer(gate="q4_k", down="q6_k", layout="merged", index=0):
+    """The tensors of a layer, and its values."""
+    formats = {"gate": gate, "up": gate, "down": down}
+    arrays = {name: matrix(name, format) for name, format in formats.items()}
+    values = [values_of(arrays[name], formats[name]) for name in arrays]
+
+    def stored(array, name):
+        format = formats[name]
+        return tensor(array, format if format in BLOCKS else None)
+
+    at = f"blk.{index}.ffn"
+    tensors = {}
+    if layout == "gate_up":
+        both = np.concatenate([arrays["gate"], arrays["up"]], axis=1)
+        tensors[f"{at}_gate_up_exps.weight"] = stored(both, "gate")
+        arrays = {"down": arrays["down"]}
+    for name, array in arrays.items():
+        if layout == "split":
+            for expert, one in enumerate(array):
+                tensors[f"{at}_{name}.{expert}.weight"] = stored(one, name)
+        else:
+            tensors[f"{at}_{name}_exps.weight"] = stored(array, name)
+    return tensors, values
+
+
+def write(tmp_path, *args, **options):
+    tensors, values = layer(*args, **options)
+    return write_gguf(tmp_path / "model.gguf", tensors), values
+
+
+def read(path, order=None, experts=EXPERTS, index=0):
+    return read_gguf_experts(
+        GGUFCheckpoint(path), index, experts, physical_to_logical_map=order
+    )
+
+
+@pytest.mark.parametrize("layout", ["merged", "split", "gate_up"])
+@pytest.mark.parametrize(
+    ("gate", "down"),
+    [
+        ("q4_k", "q6_k"),
+        ("q8_0", "q8_0"),
+        ("iq4_xs", np.float16),
+        (np.float32, "q5_k"),
+        (ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+        (np.float16, np.float32),
+    ],
+)
+def test_layouts_and_types(tmp_path, layout, gate, down):
+    path, values = write(tmp_path, gate, down, layout)
+    for order in (None, [2, 0, 3, 3]):
+        weights = read(path, order)
+        for got, want in zip(weights.dequantize(), values, strict=True):
+            want = want if order is None else want[order]
+            np.testing.assert_array_equal(got.astype(np.float32), want)
+        encodings = [format if format in BLOCKS else "bf16" for format in (gate, down)]
+        assert [weights.encodings[i].format for i in (0, 2)] == encodings
+
+
+def test_blocks_stay_in_the_file(tmp_path):
+    path, _ = write(tmp_path, "q4_k", ml_dtypes.bfloat16)
+    weights = read(path)
+    for array in (weights.gate.values, weights.up.values, weights.down):
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+def test_layers_are_told_apart(tmp_path):
+    tensors, _ = layer(index=7)
+    path = write_gguf(tmp_path / "model.gguf", tensors)
+    read(path, index=7)
+    with pytest.raises(KeyError, match=r"layer 0 has no routed .* blk\.0\.ffn_gate_e"):
+        read(path)
+
+
+def changed(tmp_path, layout="merged", drop=(), **tensors):
+    """A file with some tensors of the layer replaced or left out."""
+    kept = {n: t for n, t in layer(layout=layout)[0].items() if n not in drop}
+    names = {f"blk.0.ffn_{name}.weight": t for name, t in tensors.items()}
+    return write_gguf(tmp_path / "model.gguf", kept | names)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    def refused(error, message, experts=EXPERTS, **changes):
+        with pytest.raises(error, match=message):
+            read(changed(tmp_path, **changes), experts=experts)
+
+    q4 = tensor(matrix("up", "q4_k"), "q4_k")
+    refused(CheckpointError, r"expected \[5, outputs, depth\], got \[4, 512", 5)
+    refused(KeyError, "no tensor .*ffn_up_exps", drop=["blk.0.ffn_up_exps.weight"])
+    refused(KeyError, "no tensor .*ffn_down_exps", drop=["blk.0.ffn_down_exps.weight"])
+    refused(CheckpointError, "ffn_down_exps.weight: expected experts of", down_exps=q4)
+    q8 = tensor(matrix("up", "q8_0"), "q8_0")
+    refused(CheckpointError, "is Q8_0 and .* Q4_K: gate and up", up_exps=q8)
+    iq2 = Tensor(16, (EXPERTS, HIDDEN, INNER), bytes(EXPERTS * HIDDEN * 2 * 66))
+    refused(CheckpointError, "down_exps.weight: experts of type IQ2_XXS", down_exps=iq2)
+    odd = tensor(random_blocks("q4_k", (EXPERTS, 33, HIDDEN)), "q4_k")
+    refused(CheckpointError, "outputs, an even number, got 33", gate_up_exps=odd)
+
+    split = {"layout": "split"}
+    one = tensor(random_blocks("q8_0", (INNER, HIDDEN)), "q8_0")
+    missing = ["blk.0.ffn_up.2.weight"]
+    refused(KeyError, r"no tensor 'blk\.0\.ffn_up\.2", drop=missing, **split)
+    refused(CheckpointError, "expected Q4_K .* got Q8_0", **{"up.1": one}, **split)
+    refused(CheckpointError, "expected 3 experts, there are more", 3, **split)
+    with pytest.raises(ValueError, match=r"map must be within 0\.\.3"):
+        read(changed(tmp_path), [4, 0, 0, 0])
+
+
+def loaded(path, method, order=None, **changes):
+    mode = "sft" if method.endswith("_SFT") else "inference"
+    given = {**SIZES, "method": method, "mode": mode, "weight_path": str(path)}
+    wrapper = KTMoEWrapper(**arguments(**{**given, **changes}))
+    wrapper.load_weights(order)
+    return wrapper
+
+
+def store_of(wrapper):
+    return wrapper._loaded().store
+
+
+def inputs(count=9, dtype=ml_dtypes.bfloat16):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((count, HIDDEN)).astype(ml_dtypes.bfloat16).astype(dtype)
+    ids = rng.random((count, EXPERTS)).argsort(-1)[:, :3].astype(np.int32)
+    ids[-1, -1] = -1
+    return x, ids, rng.uniform(0.2, 1.0, ids.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("layout", ["merged", "split"])
+def test_inference(tmp_path, layout):
+    path, values = write(tmp_path, layout=layout)
+    order = [1, 3, 0, 2]
+    for chosen, where in ((None, path), (order, tmp_path)):
+        wrapper = loaded(where, "LLAMAFILE", chosen)
+        store = store_of(wrapper)
+        assert (store.format, store.down_format) == ("q4_k", "q6_k")
+        want = [v if chosen is None else v[chosen] for v in values]
+        for got, value in zip(store.dequantize(), want, strict=True):
+            np.testing.assert_array_equal(got, value)
+        for count in (1, 2, 33):
+            x, ids, w = inputs(count)
+            y = wrapper.forward(x, ids, w)
+            assert_close(y, reference(x, ids, w, want))
+            np.testing.assert_array_equal(y, wrapper(*map(jnp.asarray, (x, ids, w))))
+        wrapper.close()
+
+
+def test_experts_on_an_accelerator(tmp_path):
+    path, values = write(tmp_path)
+    wrapper = loaded(path, "LLAMAFILE", num_gpu_experts=2)
+    x, ids, w = inputs()
+    assert_close(wrapper.forward(x, ids, w), reference(x, ids, w, values))
+
+
+def test_training(tmp_path):
+    path, values = write(tmp_path)
+    wrapper = loaded(path, "GGUF_SFT")
+    wrapper.init_lora_weights(rngs=nnx.Rngs(0))
+    for name in ("gate", "up", "down"):
+        b = getattr(wrapper, f"{name}_lora_b")
+        b.set_value(0.05 * jax.random.normal(jax.random.key(1), b.shape))
+    x, ids, w = map(jnp.asarray, inputs())
+    y = wrapper.forward_sft(x, ids, w)
+
+    def function(x, w, lora):
+        x = x.astype(jnp.float32)
+        base = map(jnp.asarray, values)
+        scaling = wrapper.lora_scaling
+        return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
+
+    want, pullback = jax.vjp(function, x, w, wrapper.lora)
+    assert_close(y, want)
+    grad_y = jax.random.normal(jax.random.key(2), y.shape, jnp.bfloat16)
+    grad_x, grad_w, grad_lora = pullback(grad_y.astype(jnp.float32))
+    got_x, got_lora = wrapper.backward(grad_y)
+    assert_close(got_x, grad_x)
+    assert_close(wrapper.grad_weights, grad_w)
+    for got, value in zip(got_lora.values(), grad_lora.arrays(), strict=True):
+        assert_close(got, value)
+
+
+def test_a_method_of_another_format_quantises_again(tmp_path):
+    path, values = write(tmp_path)
+    with pytest.warns(UserWarning, match="stored as q4_k are quantised again as int8"):
+        wrapper = loaded(path, "AMXINT8")
+    for got, value in zip(store_of(wrapper).dequantize(), values, strict=True):
+        want = quant.decode(quant.encode(value, "int8"), "int8")
+        np.testing.assert_array_equal(got, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # bfloat16 holds the values exactly
+        wrapper = loaded(path, "BF16")
+    for got, value in zip(store_of(wrapper).dequantize(), values, strict=True):
+        np.testing.assert_array_equal(got, value)
+
+
+def test_what_was_saved_of_a_gguf_file_is_loaded(tmp_path):
+    path, _ = write(tmp_path)
+    with pytest.warns(UserWarning, match="quantised again"):
+        first = loaded(path, "AMXINT8", cpu_save=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = loaded(path, "AMXINT8")
+        kept = loaded(path, "LLAMAFILE")
+    for a, b in zip(*(store_of(s).dequantize() for s in (first, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert store_of(kept).format == "q4_k"
+
+
+def test_half_of_a_mix_is_not_kept(tmp_path):
+    """A store that takes one of the two formats takes neither as it is."""
+    for gate, down in (("q4_k", ml_dtypes.bfloat16), (np.float32, "q4_k")):
+        path, values = write(tmp_path, gate, down)
+        with make_store(read(path), ["bf16"], where="test") as store:
+            assert (store.format, store.down_format) == ("bf16", "bf16")
+            for got, value in zip(store.dequantize(), values, strict=True):
+                np.testing.assert_array_equal(got, value)
+
+
+def test_refusals(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(path, {"t": np.zeros(3, np.float32)})
+    for method in ("LLAMAFILE", "GGUF_SFT"):
+        with pytest.raises(ValueError, match=f"method '{method}' reads GGUF: .* got '"):
+            loaded(path, method)
+    with pytest.raises(FileNotFoundError, match="no such"):
+        loaded(tmp_path / "no.gguf", "LLAMAFILE")
+    path, _ = write(tmp_path)
+    with pytest.raises(ValueError, match="gate of layer 0 must have shape"):
+        loaded(path, "LLAMAFILE", moe_intermediate_size=256)
+    with pytest.raises(KeyError, match="layer 3 has no routed experts"):
+        loaded(path, "LLAMAFILE", layer_idx=3)
+    with pytest.raises(ValueError, match=r"LLAMAFILE: compute: .int8. needs"):
+        loaded(path, "LLAMAFILE", compute="int8")
+    wrapper = make("LLAMAFILE", weights=False, **SIZES)
+    blocks = [Quantized(matrix(name, "q4_k")) for name in SHAPES]
+    with pytest.raises(ValueError, match="do not say which format"):
+        wrapper.load_weights_from_arrays(*blocks)
+
+
+def test_float_arrays_stay_bfloat16():
+    wrapper = make("LLAMAFILE")
+    assert store_of(wrapper).format == "bf16"
+    x, ids, w = tokens()
+    base = store_of(wrapper).dequantize()
+    assert_close(wrapper.forward(x, ids, w), reference(x, ids, w, base))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    format=st.sampled_from(list(BLOCKS)),
+    damage=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=8),
+)
+def test_any_bytes_in_blocks_are_numbers_or_an_error(tmp_path_factory, format, damage):
+    one = random_blocks(format, (1, 256, 256))
+    content = np.tile(one.reshape(-1), 3)
+    for at, value in damage:
+        content[at % len(content)] = value
+    names = [f"blk.0.ffn_{name}_exps.weight" for name in SHAPES]
+    pieces = content.reshape(3, *one.shape)
+    tensors = {n: tensor(p, format) for n, p in zip(names, pieces, strict=True)}
+    path = write_gguf(tmp_path_factory.getbasetemp() / "damaged.gguf", tensors)
+    weights = read(path, experts=1)
+    try:
+        store = make_store(weights, [format], where="test")
+    except ValueError as error:
+        assert "NaN or Inf as a scale" in str(error)  # noqa: PT017
+        return
+    with store:
+        for got, piece in zip(store.dequantize(), pieces, strict=True):
+            want = quant.decode(Quantized(piece), format)
+            np.testing.assert_array_equal(got, want)
+            assert np.isfinite(got).all()

@@ -329,7 +329,7 @@ class BackwardPass : LoRAGradPass {
           float* tile = scratch.tile + first * kPanel;
           for (int r = row; last && r < row + tile_rows; ++r) touch(r);
           const Terms tile_terms = terms.From(row);
-          const int64_t left = int64_t{end - row} * count +
+          const int64_t left = int64_t{end - row - tile_rows} * count +
                                int64_t{end - begin} * (sources - source - count) +
                                int64_t{rows - end} * sources;
           const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);

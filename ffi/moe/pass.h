@@ -373,7 +373,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
     const int64_t pairs = terms.data()[0].depth / 2;
-    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
+    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, fetch ? &prefetch : nullptr);
     {

@@ -237,7 +237,7 @@ class BackwardPass : LoRAGradPass {
         const auto [following, width] =
             p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
         prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
-        prefetch.Spread(pairs);
+        prefetch.Spread(base.values ? pairs : 2 * pairs);
       }
       const int chunk = base.values ? pairs : kChunkPairs;
       for (int pair = 0; pair < pairs; pair += chunk) {
@@ -246,7 +246,7 @@ class BackwardPass : LoRAGradPass {
             Pairs(base, strips, first_pair + pair, count, scratch, &prefetch);
         kernels_.contract_outputs(operand(p, Part::kHigh), rows, values, strips, count,
                                   scratch.sums + 2 * pair, stride,
-                                  base.values ? &prefetch : nullptr);
+                                  &prefetch);
         if (exact()) {
           kernels_.contract_outputs(operand(p, Part::kLow), rows, values, strips, count,
                                     scratch.sums + 2 * pair, stride, nullptr);
@@ -329,7 +329,7 @@ class BackwardPass : LoRAGradPass {
           float* tile = scratch.tile + first * kPanel;
           for (int r = row; last && r < row + tile_rows; ++r) touch(r);
           const Terms tile_terms = terms.From(row);
-          const int64_t left = int64_t{end - row} * count +
+          const int64_t left = int64_t{end - row - tile_rows} * count +
                                int64_t{end - begin} * (sources - source - count) +
                                int64_t{rows - end} * sources;
           const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);

@@ -373,7 +373,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
     const int64_t pairs = terms.data()[0].depth / 2;
-    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
+    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, fetch ? &prefetch : nullptr);
     {
@@ -405,14 +405,15 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {
     // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
     // are summed one after the other over all depths, as they are in other tiles.)
-    prefetch.Spread(depth / 2);
+    prefetch.Spread(depth);
     for (int row = 0; row < rows; ++row) touch(row);
     for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
       const int pairs = std::min(kChunkPairs, depth / 2 - pair);
       const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
                                  prefetch.base ? &prefetch : nullptr);
       const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
-      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0, nullptr);
+      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
+                    prefetch.base ? &prefetch : nullptr);
     }
     AddTerms(lora, rows, strips, scratch);
     {

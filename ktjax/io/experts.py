@@ -42,7 +42,7 @@ class ExpertWeights:
     gate: Array | Quantized
     up: Array | Quantized
     down: Array | Quantized
-    down_encoding: Encoding | None = None
+    down_encoding: Encoding | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def encodings(self) -> tuple[Encoding, Encoding, Encoding]:
@@ -65,7 +65,7 @@ class ExpertWeights:
         """Copies of the experts `order`, in that order."""
         slots = list(order)
         matrices = (_take(matrix, slots) for matrix in self.arrays())
-        return ExpertWeights(self.encoding, *matrices, self.down_encoding)
+        return ExpertWeights(self.encoding, *matrices, down_encoding=self.down_encoding)
 
     def dequantize(self) -> tuple[Array, Array, Array]:
         """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""

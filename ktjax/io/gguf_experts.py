@@ -29,7 +29,7 @@ class _Matrix(NamedTuple):
     name: str  # of its first tensor, for errors
     type: str
     shape: tuple[int, int]
-    experts: Sequence[Array]
+    experts: Sequence[Array] | Array
 
 
 def read_gguf_experts(
@@ -88,9 +88,7 @@ def read_gguf_experts(
     arrays = (_stack(matrix, order, whole) for matrix in (gate, up, down))
     formats = FORMATS[gate.type], FORMATS[down.type]
     encoding, down_encoding = map(Encoding.of, formats)
-    return ExpertWeights(
-        encoding, *arrays, down_encoding if down_encoding != encoding else None
-    )
+    return ExpertWeights(encoding, *arrays, down_encoding=down_encoding)
 
 
 def _matrices(

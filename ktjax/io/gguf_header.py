@@ -189,7 +189,7 @@ class _Cursor:
         return self.data[self.position - size : self.position]
 
     def number(self, code: str, what: str) -> int:
-        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+        return struct.unpack(code, self.take(struct.calcsize(code), what).tobytes())[0]
 
     def count(self, what: str, least: int) -> int:
         """A number of things that take at least so many bytes each."""

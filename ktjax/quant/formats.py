@@ -138,7 +138,7 @@ class Quantized(NamedTuple):
     """
 
     values: Array
-    scales: Array | None = None
+    scales: Array = None
     zeros: Array | None = None
 
 

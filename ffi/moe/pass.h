@@ -119,12 +119,25 @@ class Pass {
     BasePanel panel;
     int depth;
     int strips;
+    int expert;
     Terms lora;
   };
   // Like Multiply below.
   template <typename Touch, typename Epilogue>
   void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
                     Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+  // scratch.tile = the product, where an expert has few rows and kernels multiply with
+  // its codes as they are. By all rows of the expert: how they are cut must not change
+  // a bit.
+  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
+                Prefetch prefetch) const {
+    if (!kernels_.dot_codes || exact()) return false;
+    if (routing_.rows_of(product.expert) > kMaxContractRows) return false;
+    prefetch.Spread(product.depth / 2);
+    return kernels_.dot_codes(product.rows.high, product.rows.stride, rows,
+                              product.panel.codes, product.depth, scratch.tile,
+                              prefetch.base ? &prefetch : nullptr);
+  }
   static const char* Start(const BasePanel& panel) {
     return panel.values ? reinterpret_cast<const char*>(panel.values)
                         : reinterpret_cast<const char*>(panel.codes.codes);
@@ -386,7 +399,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
 template <typename Touch, typename Epilogue>
 void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
                         Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  const auto& [operand, codes, panel, depth, strips, lora] = product;
+  const auto& [operand, codes, panel, depth, strips, expert, lora] = product;
   if (codes) {
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
@@ -400,6 +413,13 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
         epilogue(first, count);
       }
     });
+    return;
+  }
+  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
+    for (int row = 0; row < rows; ++row) touch(row);
+    AddTerms(lora, rows, strips, scratch);
+    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+    epilogue(0, rows);
     return;
   }
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {

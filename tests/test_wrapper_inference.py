@@ -42,6 +42,7 @@ EXPECTED = {
     "FP8_PERCHANNEL": (Encoding.of("fp8_channel"), "bf16"),
     "MXFP4": (Encoding.of("mxfp4"), "bf16"),
     "BF16": (Encoding.of("bf16"), "bf16"),
+    "LLAMAFILE": (Encoding.of("bf16"), "bf16"),
 }
 # int8 activations: 0.03; see tests/moe_cases.py for bfloat16.
 LIMITS = {"bf16": 0.006, "int8": 0.03}

@@ -19,7 +19,8 @@ def encoding(text: str) -> Encoding:
     """The format that a text names.
 
     Raises:
-      ValueError: no such format, or it does not have this group size or zero points.
+      ValueError: no such format, it does not have this group size or zero points, or
+        weights cannot be quantised to it.
     """
     match = _PATTERN.fullmatch(text)
     if not match:
@@ -27,12 +28,12 @@ def encoding(text: str) -> Encoding:
             f"format: expected NAME, NAME/GROUP_SIZE or NAME/GROUP_SIZE/z, got {text!r}"
         )
     name, group_size, zero_point = match.groups()
-    return Encoding.of(
-        name,
-        int(group_size) if group_size else None,
-        bool(zero_point),
-        where=f"format {text!r}",
+    where = f"format {text!r}"
+    chosen = Encoding.of(
+        name, int(group_size) if group_size else None, bool(zero_point), where=where
     )
+    chosen.check_encoded(where=where)
+    return chosen
 
 
 def canonical(text: str) -> str:

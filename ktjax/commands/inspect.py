@@ -17,7 +17,7 @@ from ktjax.io.adapters.names import target_of
 from ktjax.io.header import CheckpointError, Entry
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
 from ktjax.train import checkpoint
-from ktjax.train.adapters import is_run, newest_checkpoint
+from ktjax.train.adapters import is_run, run_checkpoint
 
 Rows = list[tuple[str, str]]
 
@@ -64,13 +64,13 @@ def _adapter(path: Path) -> Rows:
 
 
 def _run(path: Path) -> Rows:
-    newest = newest_checkpoint(path)
-    meta = checkpoint.read_meta(newest)
+    chosen = run_checkpoint(path)
+    meta = checkpoint.read_meta(chosen)
     config = meta.get("config", {})
-    entries = SafetensorsFile(newest / "lora.safetensors").entries
+    entries = SafetensorsFile(chosen / "lora.safetensors").entries
     return [
         ("training", str(path)),
-        ("checkpoint", f"{newest.name}, after step {meta.get('step')}"),
+        ("checkpoint", f"{chosen.name}, after step {meta.get('step')}"),
         ("rank", str(config.get("lora_rank"))),
         ("alpha", str(config.get("lora_alpha"))),
         ("tensors", str(len(entries))),

@@ -36,6 +36,8 @@ def run_chat(
       AdapterError, CheckpointError, ConfigError, TokenizerError, ValueError,
       FileNotFoundError: the model cannot be loaded.
     """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` a history and editing keys)
     with contextlib.ExitStack() as stack:
         with console.status("loading"):
             model, tokenizer = stack.enter_context(open_model(config))

@@ -12,6 +12,7 @@ from rich.table import Table
 from ktjax.config import fits
 from ktjax.models import Decoder
 from ktjax.nn import RoutedExperts, StoreHandle
+from ktjax.train.report import bytes_text
 
 _ADAPTERS = "adapters of the experts"
 _EXPERTS = "routed experts"
@@ -119,7 +120,7 @@ def parts_table(parts: list[Part]) -> Table:
         table.add_row(
             "" if state == said else state,
             f"{part.parameters:,}",
-            _megabytes(part.size),
+            bytes_text(part.size),
             where,
             style="green" if part.trained else "",
         )
@@ -156,7 +157,3 @@ def _has_adapters(module: nnx.Module) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:2])
     return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown or "none"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / (1 << 20):,.1f} MiB"

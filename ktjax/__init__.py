@@ -4,6 +4,9 @@ from ktjax import backend, config, io, models, nn, quant, train
 from ktjax.config import LoRAConfig, MoEConfig, PoolConfig
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_base import BaseMoEWrapper
+from ktjax.experts_buffer import KExpertsCPUBuffer
+from ktjax.experts_inference import InferenceMoEWrapper
+from ktjax.experts_placement import generate_gpu_experts_masks
 from ktjax.experts_sft import (
     AMXSFTMoEWrapper,
     BaseSFTMoEWrapper,
@@ -22,6 +25,8 @@ __all__ = [
     "BaseMoEWrapper",
     "BaseSFTMoEWrapper",
     "ExpertStore",
+    "InferenceMoEWrapper",
+    "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
     "LoRA",
@@ -31,6 +36,7 @@ __all__ = [
     "Quantized",
     "backend",
     "config",
+    "generate_gpu_experts_masks",
     "io",
     "models",
     "moe",

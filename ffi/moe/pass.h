@@ -148,6 +148,15 @@ class Pass {
     prefetch.total_bytes = panels * prefetch.chunk_bytes;
     return prefetch;
   }
+  // Fetches rows of h as well: other threads have written them.
+  void FetchHidden(int s, const Group& group, const RowBlock& rows,
+                   Prefetch& prefetch) const {
+    const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
+    prefetch.more = reinterpret_cast<const char*>(hidden.high);
+    prefetch.more_bytes =
+        static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
+  }
+
   // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they
   // are, or decoded in scratch.chunk.
   const bf16* Pairs(const BasePanel& panel, int strips, int first, int pairs,
@@ -363,8 +372,10 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
   ForTiles(kernels_, rows, [&](int first, int count) {
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
+    const int64_t pairs = terms.data()[0].depth / 2;
+    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
-                  false, prefetch.base ? &prefetch : nullptr);
+                  false, fetch ? &prefetch : nullptr);
     {
       const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
       epilogue(first, count);

@@ -38,7 +38,7 @@ def run_plan(config: PlanConfig, console: Console) -> None:
     jax.block_until_ready(jax.numpy.zeros(1) + 1)
     available = plan.available_memory()
     budget = available if config.memory is None else round(config.memory * GIB)
-    with console.status("compiling one and two layers"):
+    with console.status("compiling two and three layers"):
         memory = plan.plan_memory(model, training, process=plan.resident_memory())
     timing = None
     if config.measure:

@@ -1,8 +1,8 @@
 """What a training will need, from config.json alone: memory, and seconds per step.
 
 Nothing of the model is loaded. Memory of the step is what XLA says of the very program
-that would run, compiled for one and for two layers of the true sizes; the layers after
-them are alike. Time is that of the same two programs on one layer of random weights.
+that would run, compiled for two and for three layers of the true sizes; the layers
+after them are alike. Time is that of one and two layers with random weights.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _BLOCK = 1_000_003
 _RANK_BLOCK = 32
 # Lengths are planned in multiples of this.
 _ROUND = 16
+# Tokens of a vocabulary whose logits are next to nothing.
+_SMALL_VOCABULARY = 8
 # The layer that is measured may take this share of the memory that is there.
 _MEASURED_SHARE = 0.4
 
@@ -135,7 +137,7 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, process: int) -> Mem
         dense=_bytes(split.frozen),
         adapters=_bytes(state.lora),
         optimizer=_bytes(state.optimizer),
-        step=_step_bytes(model, config),
+        step=step_bytes(model, config),
         process=process,
     )
 
@@ -166,7 +168,7 @@ def find_largest(
         other = dataclasses.replace(config, **changes)
         ratio = other.lora_rank / rank
         scaled = ratio * (memory.adapters + memory.optimizer)
-        return round(fixed + scaled + _step_bytes(model, other))
+        return round(fixed + scaled + step_bytes(model, other))
 
     lengths = np.array([length, 2 * length, 4 * length])
     points = [memory.total, *(total(sequence_length=int(x)) for x in lengths[1:])]
@@ -319,10 +321,28 @@ def _random_store(
         store.close()
 
 
-def _step_bytes(model: ModelConfig, config: TrainConfig) -> int:
-    """What a step needs beside its arguments and results, from two shallow models."""
-    one, two = (compiled_bytes(_shallow(model, depth), config) for depth in (1, 2))
-    return one + (model.num_hidden_layers - 1) * max(two - one, 0)
+def step_bytes(model: ModelConfig, config: TrainConfig) -> int:
+    """What a step needs beside its arguments and results, from shallow models.
+
+    The most is needed either at the loss, with the logits and what the layers have
+    kept, or at the end of the backward pass, with the gradients of all layers. Either
+    grows with the layers, but one may hide the other in a shallow model. Without logits
+    to speak of, the other shows.
+    """
+    small = dataclasses.replace(model, vocab_size=_SMALL_VOCABULARY)
+    return max(_deep_bytes(kind, config) for kind in (model, small))
+
+
+def _deep_bytes(model: ModelConfig, config: TrainConfig) -> int:
+    """The line through two and three layers, at as many as the model has.
+
+    The first layer is not like the others: its input needs no gradient.
+    """
+    depth = model.num_hidden_layers
+    if depth <= 3:
+        return compiled_bytes(_shallow(model, depth), config)
+    two, three = (compiled_bytes(_shallow(model, depth), config) for depth in (2, 3))
+    return two + (depth - 2) * max(three - two, 0)
 
 
 def compiled_bytes(model: ModelConfig, config: TrainConfig) -> int:

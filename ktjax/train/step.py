@@ -19,6 +19,10 @@ from ktjax.train.objective import SFT, Objective, objective_of
 
 Metrics = dict[str, jax.Array]
 
+# In which order XLA:CPU computes: by default so that much can run at once, which holds
+# up to twice as much memory at a time as the order that frees most.
+_LESS_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 class Sums(NamedTuple):
     """What micro-batches add up to.
@@ -217,7 +221,11 @@ def make_train_step(
         }
         return TrainState(lora, random, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        compiler_options=_LESS_MEMORY if config.remat else None,
+    )
 
 
 def make_eval_step(

@@ -1,5 +1,6 @@
 """Steps, resuming, accumulation, Ctrl-C and the NaN guard, on a stand-in model."""
 
+import gc
 import itertools
 import json
 import os
@@ -11,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from train_standin import Silent, StandIn, StopAt, make_config, make_examples
+from train_standin import (
+    RANK,
+    WIDTH,
+    Silent,
+    StandIn,
+    StopAt,
+    make_config,
+    make_examples,
+)
 
 from ktjax.train import loop
 from ktjax.train.batching import Batcher
@@ -292,6 +301,22 @@ def test_refuses_what_cannot_be_continued(tmp_path):
         fit(StandIn(), other, [], config, tmp_path / "run", Silent())
     with pytest.raises(ValueError, match=r"no nnx\.LoRAParam"):
         split_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_there_is_one_copy_of_the_adapters_beside_the_moments(tmp_path):
+    class Counting(Silent):
+        def on_step(self, metrics):
+            super().on_step(metrics)
+            gc.collect()
+            alive = [a for a in jax.live_arrays() if a.shape == (WIDTH, RANK)]
+            counts.append(len(alive) - before)
+
+    counts = []
+    gc.collect()
+    model = StandIn()
+    before = len([a for a in jax.live_arrays() if a.shape == (WIDTH, RANK)]) - 1
+    train(tmp_path, "run", Counting(), model)
+    assert counts == [3] * 6
 
 
 def test_second_interrupt_leaves_at_once(tmp_path):

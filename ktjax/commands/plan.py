@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -34,12 +33,10 @@ def run_plan(config: PlanConfig, console: Console) -> None:
     model = ModelConfig.from_pretrained(config.model)
     training = config.training()
     pool = backend.get_pool()
-    # JAX takes its memory at its first computation.
-    jax.block_until_ready(jax.numpy.zeros(1) + 1)
     available = plan.available_memory()
     budget = available if config.memory is None else round(config.memory * GIB)
     with console.status("compiling two and three layers"):
-        memory = plan.plan_memory(model, training, process=plan.resident_memory())
+        memory = plan.plan_memory(model, training)
     timing = None
     if config.measure:
         with console.status("measuring a layer of random weights"):

@@ -134,6 +134,8 @@ def fit(
     def is_hopeless() -> bool:
         return 0 < config.patience <= best.since
 
+    # The model's own adapters would be a second copy; it gets the trained ones back.
+    nnx.update(model, state.lora)
     with (
         _open_logs(config, output_dir, step) as log,
         _deferred_interrupt() as interrupted,

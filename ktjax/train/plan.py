@@ -118,7 +118,7 @@ def resident_memory() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def plan_memory(model: ModelConfig, config: TrainConfig, *, process: int) -> Memory:
+def plan_memory(model: ModelConfig, config: TrainConfig) -> Memory:
     """The memory of a training by part.
 
     Args:
@@ -126,19 +126,20 @@ def plan_memory(model: ModelConfig, config: TrainConfig, *, process: int) -> Mem
       config: the options that count are `experts` (a storage format) and its own, those
         of the adapters and batches, and `dtype`, `activation_policy`, `remat`,
         `moment_dtype`.
-      process: bytes of a process that has started JAX.
 
     Raises:
       ValueError: the sizes do not fit the format, or no layer has experts.
     """
     split, state = _abstract(model, config)
+    step = step_bytes(model, config)
     return Memory(
         stores=len(_moe_layers(model)) * store_bytes(model, config),
         dense=_bytes(split.frozen),
         adapters=_bytes(state.lora),
         optimizer=_bytes(state.optimizer),
-        step=step_bytes(model, config),
-        process=process,
+        step=step,
+        # This process has started JAX and compiled such programs, as training will.
+        process=resident_memory(),
     )
 
 

@@ -59,8 +59,8 @@ struct Prefetch {
     const int64_t lines = CeilDiv(total_bytes + more_bytes, 64 * pairs);
     lines_per_pair = static_cast<int>(lines < 1 ? 1 : lines > 4 ? 4 : lines);
   }
-  // Whether it is time to begin, with so many depth pairs left: what is fetched too
-  // early pushes out of L2 what is in use.
+  // Whether it is time to begin, with so many depth pairs to come after the next call:
+  // what is fetched too early pushes out of L2 what is in use.
   bool Due(int64_t pairs) const {
     return base && (position || 2 * pairs <= 3 * CeilDiv(total_bytes + more_bytes, 64));
   }
@@ -239,6 +239,18 @@ struct Kernels {
   // panel like this one.
   void (*decode)(Format format, const QuantPanel& panel, int first_pair, int pairs,
                  bf16* dst, Prefetch* prefetch);
+
+  // Products of few rows with a panel as it is, or false where decoding it first is
+  // better: that depends on the format and its groups alone. Null where it always is.
+  // c[r][n] = sum_d a[r * a_stride + d] * value[d][n] for d < depth, a multiple of
+  // kDepth, and rows <= kMaxContractRows; c as for gemm.
+  bool (*dot_codes)(Format format, const bf16* a, ptrdiff_t a_stride, int rows,
+                    const QuantPanel& panel, int depth, float* c, Prefetch* prefetch);
+  // contract_outputs for the depth pairs [first_pair, first_pair + pairs), multiples of
+  // 16.
+  bool (*contract_codes)(Format format, const StripRows& a, int rows,
+                         const QuantPanel& panel, int first_pair, int pairs, float* c,
+                         ptrdiff_t c_stride, Prefetch* prefetch);
 };
 
 }  // namespace ktjax

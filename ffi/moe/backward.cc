@@ -237,22 +237,44 @@ class BackwardPass : LoRAGradPass {
         const auto [following, width] =
             p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
         prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
-        prefetch.Spread(pairs);
+      }
+      if (!base.values && ContractCodes(base, operand, p, rows, first_pair, pairs,
+                                        stride, prefetch, scratch)) {
+        continue;
       }
       const int chunk = base.values ? pairs : kChunkPairs;
+      prefetch.Spread(base.values ? pairs : 2 * pairs);
       for (int pair = 0; pair < pairs; pair += chunk) {
         const int count = std::min(chunk, pairs - pair);
         const bf16* values =
             Pairs(base, strips, first_pair + pair, count, scratch, &prefetch);
         kernels_.contract_outputs(operand(p, Part::kHigh), rows, values, strips, count,
-                                  scratch.sums + 2 * pair, stride,
-                                  base.values ? &prefetch : nullptr);
+                                  scratch.sums + 2 * pair, stride, &prefetch);
         if (exact()) {
           kernels_.contract_outputs(operand(p, Part::kLow), rows, values, strips, count,
                                     scratch.sums + 2 * pair, stride, nullptr);
         }
       }
     }
+  }
+
+  // The same for one panel of codes, where kernels multiply with those as they are.
+  template <typename Operand>
+  bool ContractCodes(const BasePanel& base, Operand operand, int p, int rows,
+                     int first_pair, int pairs, ptrdiff_t stride, Prefetch prefetch,
+                     const Scratch& scratch) const {
+    if (!kernels_.contract_codes) return false;
+    const Format format = store_.encoding().format;
+    prefetch.Spread(pairs);
+    if (!kernels_.contract_codes(format, operand(p, Part::kHigh), rows, base.codes,
+                                 first_pair, pairs, scratch.sums, stride, &prefetch)) {
+      return false;
+    }
+    if (exact()) {
+      kernels_.contract_codes(format, operand(p, Part::kLow), rows, base.codes,
+                              first_pair, pairs, scratch.sums, stride, nullptr);
+    }
+    return true;
   }
 
   // The columns [begin, end) of gy Wd.
@@ -329,7 +351,7 @@ class BackwardPass : LoRAGradPass {
           float* tile = scratch.tile + first * kPanel;
           for (int r = row; last && r < row + tile_rows; ++r) touch(r);
           const Terms tile_terms = terms.From(row);
-          const int64_t left = int64_t{end - row} * count +
+          const int64_t left = int64_t{end - row - tile_rows} * count +
                                int64_t{end - begin} * (sources - source - count) +
                                int64_t{rows - end} * sources;
           const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);

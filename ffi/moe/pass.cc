@@ -340,6 +340,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                         store_.GateUp(s, expert, panel),
                         geometry_.hidden_padded(),
                         kPanelStrips,
+                        expert,
                         {}};
     if (rank()) {
       const LoRAArray bs[] = {kGateB, kUpB};

@@ -119,12 +119,26 @@ class Pass {
     BasePanel panel;
     int depth;
     int strips;
+    int expert;
     Terms lora;
   };
   // Like Multiply below.
   template <typename Touch, typename Epilogue>
   void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
                     Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+  // scratch.tile = the product, where an expert has few rows and kernels multiply with
+  // its codes as they are. By all rows of the expert: how they are cut must not change
+  // a bit.
+  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
+                Prefetch prefetch) const {
+    if (!kernels_.dot_codes || exact()) return false;
+    if (routing_.rows_of(product.expert) > kMaxContractRows) return false;
+    prefetch.Spread(product.depth / 2);
+    return kernels_.dot_codes(store_.encoding().format, product.rows.high,
+                              product.rows.stride, rows, product.panel.codes,
+                              product.depth, scratch.tile,
+                              prefetch.base ? &prefetch : nullptr);
+  }
   static const char* Start(const BasePanel& panel) {
     return panel.values ? reinterpret_cast<const char*>(panel.values)
                         : reinterpret_cast<const char*>(panel.codes.codes);
@@ -373,7 +387,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
     const int64_t pairs = terms.data()[0].depth / 2;
-    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
+    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, fetch ? &prefetch : nullptr);
     {
@@ -386,7 +400,7 @@ void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scr
 template <typename Touch, typename Epilogue>
 void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
                         Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  const auto& [operand, codes, panel, depth, strips, lora] = product;
+  const auto& [operand, codes, panel, depth, strips, expert, lora] = product;
   if (codes) {
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
@@ -402,17 +416,25 @@ void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scr
     });
     return;
   }
+  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
+    for (int row = 0; row < rows; ++row) touch(row);
+    AddTerms(lora, rows, strips, scratch);
+    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+    epilogue(0, rows);
+    return;
+  }
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {
     // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
     // are summed one after the other over all depths, as they are in other tiles.)
-    prefetch.Spread(depth / 2);
+    prefetch.Spread(depth);
     for (int row = 0; row < rows; ++row) touch(row);
     for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
       const int pairs = std::min(kChunkPairs, depth / 2 - pair);
       const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
                                  prefetch.base ? &prefetch : nullptr);
       const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
-      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0, nullptr);
+      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
+                    prefetch.base ? &prefetch : nullptr);
     }
     AddTerms(lora, rows, strips, scratch);
     {

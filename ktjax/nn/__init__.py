@@ -9,6 +9,8 @@ from ktjax.nn.router import (
     RoutingRule,
     TopKRouter,
     load_balancing_loss,
+    load_shares,
+    routing_statistics,
 )
 
 __all__ = [
@@ -23,4 +25,6 @@ __all__ = [
     "TopKRouter",
     "linear",
     "load_balancing_loss",
+    "load_shares",
+    "routing_statistics",
 ]

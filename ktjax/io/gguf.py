@@ -166,7 +166,6 @@ def _parts(path: Path) -> list[Path]:
     if match is None:
         return [path]
     count = int(match["count"])
-    # A lying name must not make us look for more files than there can be.
     parts = [
         path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{SUFFIX}")
         for number in range(1, count + 1)

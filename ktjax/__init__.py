@@ -9,11 +9,13 @@ from ktjax.experts_sft import (
     BaseSFTMoEWrapper,
     KExpertsSFTBuffer,
 )
-from ktjax.lora import LoRA
+from ktjax.lora import LinearLoRA, LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
+from ktjax.ops.linear import linear
 from ktjax.quant import Quantized
 from ktjax.store import ExpertStore
+from ktjax.store_linear import LinearStore
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,8 @@ __all__ = [
     "ExpertStore",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
+    "LinearLoRA",
+    "LinearStore",
     "LoRA",
     "LoRAConfig",
     "MoEConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "backend",
     "config",
     "io",
+    "linear",
     "models",
     "moe",
     "nn",

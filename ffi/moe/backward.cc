@@ -39,11 +39,11 @@ class BackwardPass : LoRAGradPass {
       first_block_.push_back(blocks_);
       blocks_ += Blocks(s);
       for (const Group& group : groups_) {
-        hidden_grad_tasks_.push_back(MakeBlockTasks(group, Blocks(s), threads));
+        hidden_grad_tasks_.push_back(MakeBlockTasks(group.blocks, Blocks(s), threads));
       }
     }
     if (gradients.x) {
-      sum_ = {gradients.x, inputs.tokens, geometry_, shard_count(), workspace};
+      sum_ = {gradients.x, inputs.tokens, geometry_.hidden, shard_count(), workspace};
     }
     dots_ = workspace.Get<float>(Workspace::kDots, 0, rows * blocks_);
     if (rank()) {

@@ -1,0 +1,91 @@
+// What the two passes of a projection share: rows in kernel form, low-rank values.
+#ifndef KTJAX_FFI_LINEAR_PASS_H_
+#define KTJAX_FFI_LINEAR_PASS_H_
+
+#include <memory>
+#include <vector>
+
+#include "linear/linear.h"
+#include "moe/products.h"
+
+namespace ktjax {
+
+class LinearPass : protected Products {
+ protected:
+  LinearPass(const LinearStore& store, int64_t rows, bool exact, const LinearLoRA& lora,
+             int phases);
+
+  // Depths that a product takes of a wide array at a time: what is packed stays in L2.
+  static constexpr int kLowRankDepth = 2048;
+  // Outputs over which the backward contracts at a time: a transposed panel of 512 KiB.
+  static constexpr int kChunkPanels = 64;
+
+  int rank() const { return lora_.rank; }
+  int slice_count() const { return static_cast<int>(store_.slices().size()); }
+  int InputPanels() const { return static_cast<int>(CeilDiv(store_.inputs(), kPanel)); }
+  int InputStrips(int panel) const {
+    return std::min(kPanelStrips,
+                    store_.inputs_padded() / kStrip - panel * kPanelStrips);
+  }
+
+  Scratch MakeScratch(Arena& arena) const;
+  template <typename Job>
+  void Run(Job job) {
+    RunOnPool([this](Arena& arena) { return MakeScratch(arena); }, job);
+  }
+
+  // Columns [first, first + depth) of a block of an array [rows, width] as rows of a
+  // product: where they are, or packed to scratch.rows, zero up to a multiple of
+  // kDepth.
+  SplitRows RowsOf(ConstArray array, int width, const RowBlock& block, int first,
+                   int depth, const Scratch& scratch) const;
+
+  // A low-rank factor: A, whose rows run along the contraction, or B, whose columns do.
+  LoRAMatrix MatrixA() const { return {lora_.a, rank(), store_.inputs()}; }
+  LoRAMatrix MatrixB() const { return {lora_.b, store_.outputs(), rank()}; }
+  enum class Factor { kA, kB };
+  // Low-rank values in two parts (see moe/pass.h), a row per row of the array, and
+  // (null: not needed) the same with rows and columns exchanged.
+  struct LowRankValues {
+    bf16* rows = nullptr;
+    bf16* transposed = nullptr;
+  };
+  LowRankValues MakeLowRank(int index, bool transposed) const;
+  // values[r][i] = s <array[r], vector i of the factor> for the rows of a block.
+  void LowRank(ConstArray array, int width, Factor factor, const RowBlock& block,
+               const LowRankValues& values, const Scratch& scratch) const;
+  SplitRows LowRankRows(const LowRankValues& values, int row) const {
+    return {values.rows + int64_t{2} * row * low_rank_width_, 2 * low_rank_width_,
+            low_rank_width_};
+  }
+  // As an operand of products that spread low-rank values over outputs; see moe/pass.h.
+  SplitRows SpreadRows(const LowRankValues& values, int row) const {
+    SplitRows rows = LowRankRows(values, row);
+    if (rank() >= 32 && !exact()) rows.low = 0;
+    return rows;
+  }
+  SplitRows TransposedRows(const LowRankValues& values) const {
+    return {values.transposed, TransposedStride(), rank() * TransposedStride()};
+  }
+  int SpreadDepth() const { return static_cast<int>(RoundUp(rank(), 2)); }
+  bool LoRAInTwoParts() const { return exact() && rank() && lora_.a.is_float32; }
+
+  Counters& counters() { return *counters_; }
+  int CounterOf(int phase, int s) const { return phase * slice_count() + s; }
+
+  const LinearStore& store_;
+  const int rows_;
+  const LinearLoRA lora_;
+  std::vector<RowBlock> low_rank_blocks_;
+  std::vector<RowBlock> blocks_;
+
+ private:
+  ptrdiff_t TransposedStride() const { return RoundUp(std::max(rows_, 1), kDepth); }
+
+  const int low_rank_width_;  // RoundUp(rank, kDepth)
+  std::unique_ptr<Counters> counters_;
+};
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_LINEAR_PASS_H_

@@ -14,17 +14,16 @@ class LinearBackwardPass : LinearPass {
   LinearBackwardPass(const LinearStore& store, int64_t rows, ConstArray x,
                      const LinearLoRA& lora, ConstArray grad_y,
                      const LinearGradients& gradients)
-      : LinearPass(store, rows, grad_y.is_float32, lora, kPhases),
+      : LinearPass(store, rows, store.outputs(), grad_y.is_float32, lora, kPhases),
         x_(x),
         grad_y_(grad_y),
         gradients_(gradients) {
-    const int threads = backend_.pool.config().max_threads_per_subpool;
     for (const LinearStore::Slice& slice : store.slices()) {
       chunks_.push_back(static_cast<int>(CeilDiv(slice.count(), kChunkPanels)));
     }
     direct_ = chunks_.size() == 1 && chunks_[0] == 1;
     if (gradients.x) {
-      tasks_ = MakeBlockTasks(blocks_, InputPanels(), threads);
+      tasks_ = MakeTasks(InputPanels());
       row_numbers_.resize(rows_);
       std::iota(row_numbers_.begin(), row_numbers_.end(), 0);
       if (!direct_) {

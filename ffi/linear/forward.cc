@@ -9,11 +9,11 @@ class LinearForwardPass : LinearPass {
  public:
   LinearForwardPass(const LinearStore& store, int64_t rows, ConstArray x,
                     const LinearLoRA& lora, MutableArray y)
-      : LinearPass(store, rows, x.is_float32, lora, kPhases), x_(x), y_(y) {
-    const int threads = backend_.pool.config().max_threads_per_subpool;
+      : LinearPass(store, rows, store.inputs(), x.is_float32, lora, kPhases),
+        x_(x),
+        y_(y) {
     for (const LinearStore::Slice& slice : store.slices()) {
-      tasks_.push_back(slice.count() ? MakeBlockTasks(blocks_, slice.count(), threads)
-                                     : std::vector<BlockTask>());
+      tasks_.push_back(MakeTasks(slice.count()));
     }
     if (rank()) low_rank_ = MakeLowRank(0, false);
   }

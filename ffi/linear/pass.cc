@@ -8,11 +8,11 @@ namespace {
 
 // Rows whose low-rank values are computed at a time: the tile is 32 KiB then.
 constexpr int kLowRankRows = 128;
-constexpr int kLeastLowRankRows = 32;
+constexpr int kLeastRows = 32;
 
 }  // namespace
 
-LinearPass::LinearPass(const LinearStore& store, int64_t rows, bool exact,
+LinearPass::LinearPass(const LinearStore& store, int64_t rows, int width, bool exact,
                        const LinearLoRA& lora, int phases)
     : Products(store, exact),
       store_(store),
@@ -20,23 +20,40 @@ LinearPass::LinearPass(const LinearStore& store, int64_t rows, bool exact,
       lora_(lora),
       low_rank_width_(static_cast<int>(RoundUp(lora.rank, kDepth))),
       counters_(std::make_unique<Counters>(phases * slice_count())) {
-  const int threads = backend_.pool.thread_count();
-  const int share = static_cast<int>(RoundUp(CeilDiv(rows, 2 * threads), kDepth));
-  AppendBlocks(0, 0, rows_, std::clamp(share, kLeastLowRankRows, kLowRankRows),
+  const auto share = [&](int threads, int least, int most) {
+    const int64_t rows_of_task =
+        RoundUp(CeilDiv(rows, kPackingTasksPerThread * threads), kDepth);
+    return static_cast<int>(std::clamp<int64_t>(rows_of_task, least, most));
+  };
+  AppendBlocks(0, 0, rows_,
+               share(backend_.pool.thread_count(), kLeastRows, kLowRankRows),
                low_rank_blocks_);
-  AppendBlocks(0, 0, rows_, BlockRows(store.inputs()), blocks_);
+  int block_rows = kMaxBlockRows;
+  if (Packs(width)) {
+    tasks_per_thread_ = kPackingTasksPerThread;
+    block_rows = share(backend_.pool.config().max_threads_per_subpool, kLeastRows,
+                       BlockRows(std::min(width, kChunk)));
+  }
+  AppendBlocks(0, 0, rows_, block_rows, blocks_);
+}
+
+std::vector<BlockTask> LinearPass::MakeTasks(int panels) const {
+  if (panels == 0) return {};
+  return MakeBlockTasks(blocks_, panels, backend_.pool.config().max_threads_per_subpool,
+                        tasks_per_thread_);
 }
 
 Scratch LinearPass::MakeScratch(Arena& arena) const {
   const size_t parts = exact() ? 2 : 1;
   // Rows are packed whole in the forward, a chunk at a time elsewhere.
-  const int chunk = std::max(kLowRankDepth, kChunkPanels * kPanel);
-  const ptrdiff_t stride = std::max<ptrdiff_t>(store_.inputs_padded(), chunk) + kDepth;
+  const size_t width = std::max(store_.inputs_padded(), kChunk);
+  const ptrdiff_t stride = width + kDepth;
   size_t block_rows = 1;
-  for (const RowBlock& block : blocks_) {
-    block_rows = std::max<size_t>(block_rows, block.count);
+  for (const auto* blocks : {&blocks_, &low_rank_blocks_}) {
+    for (const RowBlock& block : *blocks) {
+      block_rows = std::max<size_t>(block_rows, block.count);
+    }
   }
-  const size_t width = std::max({store_.inputs_padded(), chunk, kMaxGradDepth});
   const size_t rank_padded = RoundUp(std::max(rank(), 1), kDepth);
   const int64_t tile_rows =
       std::max(RoundUp(std::max(rank(), 1), kernels_.max_rows),
@@ -58,7 +75,7 @@ Scratch LinearPass::MakeScratch(Arena& arena) const {
 SplitRows LinearPass::RowsOf(ConstArray array, int width, const RowBlock& block,
                              int first, int depth, const Scratch& scratch) const {
   const int64_t offset = int64_t{block.begin} * width + first;
-  if (!array.is_float32 && width % kDepth == 0) {
+  if (!Packs(width)) {
     // Kernels do not write to their operands.
     return {const_cast<bf16*>(static_cast<const bf16*>(array.data)) + offset, width, 0};
   }

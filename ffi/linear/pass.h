@@ -12,13 +12,16 @@ namespace ktjax {
 
 class LinearPass : protected Products {
  protected:
-  LinearPass(const LinearStore& store, int64_t rows, bool exact, const LinearLoRA& lora,
-             int phases);
+  // `width` is that of the rows which are multiplied with W or its transpose.
+  LinearPass(const LinearStore& store, int64_t rows, int width, bool exact,
+             const LinearLoRA& lora, int phases);
 
-  // Depths that a product takes of a wide array at a time: what is packed stays in L2.
-  static constexpr int kLowRankDepth = 2048;
   // Outputs over which the backward contracts at a time: a transposed panel of 512 KiB.
   static constexpr int kChunkPanels = 64;
+  static constexpr int kChunk = kChunkPanels * kPanel;
+  // Depths that a low-rank product takes at a time: what is packed stays in L2.
+  static constexpr int kLowRankDepth = 2048;
+  static_assert(kLowRankDepth <= kChunk && kMaxGradDepth <= kChunk);
 
   int rank() const { return lora_.rank; }
   int slice_count() const { return static_cast<int>(store_.slices().size()); }
@@ -34,6 +37,11 @@ class LinearPass : protected Products {
     RunOnPool([this](Arena& arena) { return MakeScratch(arena); }, job);
   }
 
+  // All rows times `panels` panels, in tasks for the threads of a sub-pool.
+  std::vector<BlockTask> MakeTasks(int panels) const;
+
+  // Whether rows of so many values lie otherwise than a product needs them.
+  bool Packs(int width) const { return exact() || width % kDepth; }
   // Columns [first, first + depth) of a block of an array [rows, width] as rows of a
   // product: where they are, or packed to scratch.rows, zero up to a multiple of
   // kDepth.
@@ -77,12 +85,16 @@ class LinearPass : protected Products {
   const int rows_;
   const LinearLoRA lora_;
   std::vector<RowBlock> low_rank_blocks_;
-  std::vector<RowBlock> blocks_;
 
  private:
+  // Every task packs its rows: few tasks a thread, of few rows and of many panels.
+  static constexpr int kPackingTasksPerThread = 2;
+
   ptrdiff_t TransposedStride() const { return RoundUp(std::max(rows_, 1), kDepth); }
 
   const int low_rank_width_;  // RoundUp(rank, kDepth)
+  int tasks_per_thread_ = kTasksPerThread;
+  std::vector<RowBlock> blocks_;
   std::unique_ptr<Counters> counters_;
 };
 

@@ -9,12 +9,10 @@ constexpr int64_t kMinGroupRows = 1024;
 // cycle), so the bound is for scratch and for balance rather than for cache.
 constexpr int64_t kBlockBytes = 2ll << 20;
 constexpr int kMinBlockRows = 32;
-constexpr int kMaxBlockRows = 512;
 
 // Streaming a panel from memory costs about as much as computing this many rows with
 // it.
 constexpr int64_t kPanelCostInRows = 16;
-constexpr int kTasksPerThread = 6;
 // Output tasks are all alike, and each of them reads every row of the group.
 constexpr int kOutputTasksPerThread = 3;
 constexpr int kMinTokensPerTask = 64;
@@ -58,12 +56,12 @@ std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
 }
 
 std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int panels,
-                                      int threads) {
+                                      int threads, int tasks_per_thread) {
   int64_t total = 0;
   for (const RowBlock& block : blocks) {
     total += (block.count + kPanelCostInRows) * panels;
   }
-  const int64_t share = std::max<int64_t>(1, total / (threads * kTasksPerThread));
+  const int64_t share = std::max<int64_t>(1, total / (threads * tasks_per_thread));
   std::vector<BlockTask> tasks;
   for (const RowBlock& block : blocks) {
     const int64_t cost = (block.count + kPanelCostInRows) * panels;

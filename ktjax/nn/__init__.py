@@ -1,7 +1,9 @@
-"""Flax modules: routed experts, the router, and the layer made of both."""
+"""Flax modules: routed experts, the router, the layer made of both, projections."""
 
+from ktjax.experts_state import StoreHandle
 from ktjax.nn.dense import GatedMLP, linear
-from ktjax.nn.experts import ReferenceExperts, RoutedExperts, StoreHandle
+from ktjax.nn.experts import ReferenceExperts, RoutedExperts
+from ktjax.nn.frozen import FrozenLinear
 from ktjax.nn.layer import MoELayer
 from ktjax.nn.router import (
     CorrectionBias,
@@ -10,9 +12,11 @@ from ktjax.nn.router import (
     TopKRouter,
     load_balancing_loss,
 )
+from ktjax.nn.vocabulary import token_losses
 
 __all__ = [
     "CorrectionBias",
+    "FrozenLinear",
     "GatedMLP",
     "MoELayer",
     "ReferenceExperts",
@@ -23,4 +27,5 @@ __all__ = [
     "TopKRouter",
     "linear",
     "load_balancing_loss",
+    "token_losses",
 ]

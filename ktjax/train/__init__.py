@@ -6,7 +6,7 @@ from ktjax.train.checkpoint import CheckpointError
 from ktjax.train.config import GenerateConfig, TrainConfig
 from ktjax.train.data import Chat, DataError, Example, read_chats, tokenize
 from ktjax.train.loop import FitResult, TrainingError, fit
-from ktjax.train.loss import cross_entropy_sum
+from ktjax.train.loss import weigh
 from ktjax.train.run import TrainResult, run_generation, run_training
 from ktjax.train.step import (
     SplitModel,
@@ -35,7 +35,6 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
-    "cross_entropy_sum",
     "fit",
     "init_state",
     "make_eval_step",
@@ -48,4 +47,5 @@ __all__ = [
     "run_training",
     "split_model",
     "tokenize",
+    "weigh",
 ]

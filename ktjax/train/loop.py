@@ -81,8 +81,8 @@ def fit(
     KeyboardInterrupt at once.
 
     Args:
-      model: `model(input_ids, positions=, segment_ids=) -> logits`, and
-        `(logits, router_aux)` with `return_aux=True`.
+      model: has `token_losses(input_ids, targets, positions=, segment_ids=)`, as
+        `ktjax.models.Decoder`.
       train: the examples to learn.
       evaluation: examples for the evaluation loss, may be empty.
       config: see `TrainConfig`.

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from ktjax.nn import Routing, load_balancing_loss
 from ktjax.train.batching import Batch
 from ktjax.train.config import TrainConfig
-from ktjax.train.loss import cross_entropy_sum
+from ktjax.train.loss import weigh
 
 Metrics = dict[str, jax.Array]
 
@@ -111,14 +112,10 @@ def make_train_step(
         lora: nnx.State, random: nnx.State, frozen: nnx.State, batch: Batch, total: Any
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, nnx.State]]:
         model = nnx.merge(graph, lora, random, frozen, copy=True)
-        logits, aux = model(
-            batch.input_ids,
-            positions=batch.positions,
-            segment_ids=batch.segment_ids,
-            return_aux=True,
-        )
-        loss = cross_entropy_sum(logits, batch.targets, batch.weights) / total
-        aux = aux / count
+        losses, routings = _token_losses(model, batch)
+        loss = jnp.sum(weigh(losses, batch.weights)) / total
+        balance = load_balancing_loss(routings) if routings else jnp.zeros(())
+        aux = balance / count
         objective = loss + config.router_aux_weight * aux
         return objective, (loss, aux, nnx.state(model, nnx.RngState))
 
@@ -164,12 +161,17 @@ def make_eval_step(
         lora: nnx.State, random: nnx.State, frozen: nnx.State, batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, lora, random, frozen)
-        logits = model(
-            batch.input_ids, positions=batch.positions, segment_ids=batch.segment_ids
-        )
-        return (
-            cross_entropy_sum(logits, batch.targets, batch.weights),
-            jnp.sum(batch.weights),
-        )
+        losses, _ = _token_losses(model, batch)
+        return jnp.sum(weigh(losses, batch.weights)), jnp.sum(batch.weights)
 
     return step
+
+
+def _token_losses(model: Any, batch: Batch) -> tuple[jax.Array, tuple[Routing, ...]]:
+    """The loss of every token of `batch`, and a `Routing` per layer with experts."""
+    return model.token_losses(
+        batch.input_ids,
+        batch.targets,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+    )

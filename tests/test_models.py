@@ -272,7 +272,7 @@ def test_loading_errors(path, tmp_path):
     raw = json.loads((path / "config.json").read_text())
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**raw, "vocab_size": 100}))
-    with pytest.raises(ValueError, match=r"lm_head.weight has shape \[101, 64\]"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \[101, 64\]"):
         from_pretrained(tmp_path)
     file.write_text(json.dumps({**raw, "moe_intermediate_size": 16}))
     with pytest.raises(ValueError, match=r"layer 0 is \[6, 32, 64\]"):

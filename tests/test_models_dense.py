@@ -11,7 +11,7 @@ from flax import nnx
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from models_checkpoint import make_model, save, torch_logits
+from models_checkpoint import FAMILIES, make_model, save, torch_logits
 
 from ktjax.config import LoRAConfig
 from ktjax.models import from_pretrained
@@ -21,13 +21,8 @@ IDS = np.random.default_rng(0).integers(2, 101, (2, 12))
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    return make_model(family="deepseek_v2")
-
-
-@pytest.fixture(scope="module")
-def path(theirs, tmp_path_factory):
-    return save(theirs, tmp_path_factory.mktemp("model"))
+def path(tmp_path_factory):
+    return save(make_model(family="deepseek_v2"), tmp_path_factory.mktemp("model"))
 
 
 def load(path, **kwargs):
@@ -53,8 +48,7 @@ def stored(model):
 
 def test_which_projections_are_in_stores(path):
     assert stored(load(path, dense="xla")) == {}
-    assert stored(load(path, experts="reference")) == {}
-    found = stored(load(path))
+    found = stored(load(path, dense="bf16"))
     assert set(found.values()) == {"bf16"}
     attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -67,32 +61,41 @@ def test_which_projections_are_in_stores(path):
     assert set(stored(load(path, dense="int8")).values()) == {"int8"}
 
 
-def test_logits_are_those_of_xla_and_of_transformers(path, theirs):
-    ours = logits(load(path))
-    assert relative(ours, logits(load(path, dense="xla"))) <= 1e-4
-    assert relative(ours, torch_logits(theirs, IDS)) <= 1e-4
-    # Eight bits a weight: 1% of each of some ten products.
-    assert 1e-4 < relative(logits(load(path, dense="int8")), ours) <= 0.1
-
-
-def test_values_that_bfloat16_lacks_stay_float32(tmp_path):
-    model = make_model(attention_bias=True)
-    weight = model.model.layers[0].self_attn.k_proj.weight
-    weight.data[3, 5] = 1 + 2**-12
+def test_the_default_is_a_store_where_it_is_faster_and_exact(path, tmp_path):
+    assert stored(load(path)) == {}  # too small, all of them
+    model = make_model(intermediate_size=1024, mlp_only_layers=[0, 1])
+    large = {
+        f"layers.{i}.mlp.{n}_proj" for i in range(2) for n in ("gate", "up", "down")
+    }
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data[3, 5] = 1 + 2**-12  # what bfloat16 lacks
     path = save(model, tmp_path)
     ours = load(path)
-    assert "layers.0.attention.k_proj" not in stored(ours)
-    assert "layers.1.attention.k_proj" in stored(ours)
+    assert stored(ours).keys() == large - {"layers.1.mlp.up_proj"}
     assert relative(logits(ours), torch_logits(model, IDS)) <= 1e-4
-    # Asked for, it is rounded; and a model in bfloat16 rounds it anyway.
-    assert "layers.0.attention.k_proj" in stored(load(path, dense="bf16"))
-    assert "layers.0.attention.k_proj" in stored(load(path, dtype=jnp.bfloat16))
+    # A model in bfloat16 rounds it anyway.
+    assert stored(load(path, dtype=jnp.bfloat16)).keys() == large
+    assert stored(load(path, experts="reference")) == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family, tmp_path):
+    model = make_model(family=family)
+    ours = load(save(model, tmp_path), dense="bf16")
+    assert stored(ours)
+    assert relative(logits(ours), torch_logits(model, IDS)) <= 1e-4
+
+
+def test_formats_change_values_a_little(path):
+    # Eight bits a weight: 1% of each of some ten products.
+    want = logits(load(path, dense="xla"))
+    assert 1e-4 < relative(logits(load(path, dense="int8")), want) <= 0.1
 
 
 def test_gradients_go_through(path):
     lora = LoRAConfig(4, 8.0)
     grads = []
-    for dense in (None, "xla"):
+    for dense in ("bf16", "xla"):
         model = load(path, dense=dense, lora=lora)
         for name, value in nnx.iter_graph(model):
             if isinstance(value, nnx.LoRAParam) and name[-1].endswith("_b"):
@@ -112,7 +115,7 @@ def test_gradients_go_through(path):
 
 
 def test_the_model_owns_its_stores(path):
-    model = load(path)
+    model = load(path, dense="bf16")
     logits(model)
     model.close()
     with pytest.raises((RuntimeError, ValueError), match=r"ktjax\.linear: the store"):

@@ -16,6 +16,7 @@
 #include "linear/store.h"
 #include "moe/backend.h"
 #include "moe/eager.h"
+#include "moe/encode_experts.h"
 #include "moe/layer.h"
 #include "moe/profile.h"
 #include "moe/registry.h"
@@ -112,6 +113,24 @@ nb::tuple CreateLinear(const std::string& format, int group_size, bool zero_poin
     handle = StoreRegistry::Get().Add(std::move(store));
   }
   return ToTuple(handle);
+}
+
+// Quantises [experts, outputs, depth] to the plain arrays values, scales and, where the
+// format has them, zeros.
+void EncodeMatrix(const std::string& format, int group_size, bool zero_points,
+                  const Array& weights, const std::string& name,
+                  const std::vector<OutputArray>& plain) {
+  const MatrixShape shape{static_cast<int>(weights.shape(0)),
+                          static_cast<int>(weights.shape(1)),
+                          static_cast<int>(weights.shape(2))};
+  const PlainArrays out{
+      static_cast<uint8_t*>(plain.at(0).data()),
+      static_cast<uint8_t*>(plain.at(1).data()),
+      plain.size() > 2 ? static_cast<uint8_t*>(plain[2].data()) : nullptr};
+  const SourceMatrix source = Source({weights});
+  nb::gil_scoped_release release;
+  EncodeExperts(*GetBackend(), MakeEncoding(format, group_size, zero_points), source,
+                shape, name, out);
 }
 
 nb::dict Describe() {
@@ -211,6 +230,7 @@ NB_MODULE(_native, m) {
   m.def("profile_enable", [](bool on) { Profile::Get().Enable(on); });
   m.def("profile_take", &TakeProfile);
 
+  m.def("encode", &EncodeMatrix);
   m.def("create_store", &CreateStore);
   m.def("close_store", [](uint32_t epoch, uint32_t index) {
     nb::gil_scoped_release release;
@@ -258,12 +278,11 @@ NB_MODULE(_native, m) {
           auto keep = KeepAlive(std::move(owner));
           const MutableArray out{y.data(), y.dtype() == nb::dtype<float>()};
           nb::gil_scoped_release release;
-          SubmitForward(std::move(store), inputs, out, std::move(keep));
+          return SubmitForward(std::move(store), inputs, out, std::move(keep));
         });
-  m.def("sync", [] {
-    nb::gil_scoped_release release;
-    SyncForward();
-  });
+  nb::class_<PendingCall>(m, "PendingCall")
+      .def("wait", &PendingCall::Wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("done", &PendingCall::Done);
 }
 
 }  // namespace ktjax

@@ -4,6 +4,9 @@ from ktjax import backend, config, io, models, nn, quant, train
 from ktjax.config import LoRAConfig, MoEConfig, PoolConfig
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_base import BaseMoEWrapper
+from ktjax.experts_buffer import KExpertsCPUBuffer
+from ktjax.experts_inference import InferenceMoEWrapper
+from ktjax.experts_placement import generate_gpu_experts_masks
 from ktjax.experts_sft import (
     AMXSFTMoEWrapper,
     BaseSFTMoEWrapper,
@@ -24,6 +27,8 @@ __all__ = [
     "BaseMoEWrapper",
     "BaseSFTMoEWrapper",
     "ExpertStore",
+    "InferenceMoEWrapper",
+    "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
     "LinearLoRA",
@@ -35,6 +40,7 @@ __all__ = [
     "Quantized",
     "backend",
     "config",
+    "generate_gpu_experts_masks",
     "io",
     "linear",
     "models",

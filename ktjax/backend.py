@@ -161,27 +161,51 @@ def register_lora(store: ExpertStore, lora: LoRA, scaling: float) -> None:
     )
 
 
+class PendingForward:
+    """A forward on its way; nobody else writes to its result."""
+
+    def __init__(self, call: _native.PendingCall, y: np.ndarray) -> None:
+        self._call = call
+        self._y = y
+
+    def done(self) -> bool:
+        """Whether it has run, or failed."""
+        return self._call.done()
+
+    def result(self) -> np.ndarray:
+        """Waits for this forward alone; may be asked again.
+
+        Raises:
+          RuntimeError, ValueError or IndexError: its error.
+        """
+        self._call.wait()
+        return self._y
+
+
 def submit_forward_registered(
     store: ExpertStore,
     x: Array,
     ids: Array,
     w: Array,
     *,
+    out: np.ndarray | None = None,
     compute: Literal["bf16", "int8"] | None = None,
-) -> np.ndarray:
+) -> PendingForward:
     """Queues a forward with the registered adapter (none: the base weights alone).
 
     Calls run one after another on the pool; the caller goes on meanwhile.
 
     Args:
       store: the base weights.
-      x: `[tokens, hidden]`, float32 or bfloat16. Must not change before `sync`.
+      x: `[tokens, hidden]`, float32 or bfloat16. Must not change before it has run.
       ids: `[tokens, k]` int32; -1 skips a slot.
       w: `[tokens, k]` float32.
+      out: the array to fill, C-contiguous `[tokens, hidden]`, float32 or bfloat16; None
+        = a new one like x.
       compute: as in `ktjax.moe`.
 
     Returns:
-      The array, like x, that holds the result after `sync`.
+      What to wait for; its `result()` is the array.
 
     Raises:
       ValueError: wrong shapes, or a policy that the store's format does not have.
@@ -193,8 +217,12 @@ def submit_forward_registered(
         raise ValueError(
             f"forward: x: expected [tokens, {store.hidden_size}], got {x.shape}"
         )
-    if x.dtype not in (np.float32, jax.numpy.bfloat16):
-        raise TypeError(f"forward: x: expected float32 or bfloat16, got {x.dtype}")
+    y = np.empty_like(x) if out is None else out
+    for name, array in (("x", x), ("out", y)):
+        if array.dtype not in (np.float32, jax.numpy.bfloat16):
+            raise TypeError(
+                f"forward: {name}: expected float32 or bfloat16, got {array.dtype}"
+            )
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype != np.int32:
         raise ValueError(
             f"forward: ids: expected int32 [{x.shape[0]}, k], got {ids.dtype} "
@@ -204,21 +232,16 @@ def submit_forward_registered(
         raise ValueError(
             f"forward: w: expected float32 {ids.shape}, got {w.dtype} {w.shape}"
         )
+    if y.shape != x.shape or not y.flags.c_contiguous:
+        raise ValueError(
+            f"forward: out: expected C-contiguous {x.shape}, got {y.shape} with "
+            f"strides {y.strides}"
+        )
     int8 = check_compute(compute, store.format, where="forward")
-    y = np.empty_like(x)
-    _native.submit_forward(
+    call = _native.submit_forward(
         *store.words(), native_bits(x), ids, w, native_bits(y), (x, ids, w, y), int8
     )
-    return y
-
-
-def sync() -> None:
-    """Waits for all calls submitted so far.
-
-    Raises:
-      RuntimeError, ValueError or IndexError: the first error among those calls.
-    """
-    _native.sync()
+    return PendingForward(call, y)
 
 
 def forward_registered(
@@ -229,7 +252,5 @@ def forward_registered(
     *,
     compute: Literal["bf16", "int8"] | None = None,
 ) -> np.ndarray:
-    """`submit_forward_registered` and `sync` in one."""
-    y = submit_forward_registered(store, x, ids, w, compute=compute)
-    sync()
-    return y
+    """The result of `submit_forward_registered`."""
+    return submit_forward_registered(store, x, ids, w, compute=compute).result()

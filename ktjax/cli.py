@@ -12,9 +12,11 @@ from rich.console import Console
 
 from ktjax import doctor
 from ktjax.commands import (
+    ConvertConfig,
     ExportConfig,
     InspectConfig,
     MergeConfig,
+    run_convert,
     run_export,
     run_inspect,
     run_merge,
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", _add_generate, "answer a prompt with a base or a trained model"),
         ("export", _add_export, "write a training's adapter in PEFT's format"),
         ("merge", _add_merge, "write a model with an adapter in its weights"),
+        ("convert", _add_convert, "write a model with its experts in another format"),
         ("inspect", _add_inspect, "show what a checkpoint or an adapter holds"),
         ("doctor", _add_doctor, "show what ktjax sees of this machine"),
     ):
@@ -101,6 +104,15 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     """Write a Hugging Face model with an adapter merged into its experts' weights."""
     _add_options(parser, MergeConfig)
     parser.set_defaults(call=_merge)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    """Write a model whose routed experts are in a storage format of ktjax.
+
+    It loads without converting anything; all else is copied.
+    """
+    _add_options(parser, ConvertConfig)
+    parser.set_defaults(call=_convert)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +180,11 @@ def _export(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     run_merge(MergeConfig(**_config_arguments(args, MergeConfig)), Console())
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    run_convert(ConvertConfig(**_config_arguments(args, ConvertConfig)), Console())
     return 0
 
 

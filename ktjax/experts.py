@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from ktjax import experts_inference
 from ktjax.experts_base import BaseMoEWrapper
+from ktjax.experts_inference import InferenceMoEWrapper
 from ktjax.experts_sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper
+
+Array = Any
 
 
 class KTMoEWrapper:
     """Makes the wrapper of one layer of routed experts: method name -> class.
 
+        wrapper = KTMoEWrapper(..., method="AMXINT4")
         wrapper = KTMoEWrapper(..., method="AMXBF16_SFT", mode="sft", lora_rank=16)
 
     Attributes:
@@ -19,9 +24,13 @@ class KTMoEWrapper:
     """
 
     INFERENCE_METHODS: ClassVar[frozenset[str]] = frozenset(
-        {"AMXINT4", "AMXINT8", "RAWINT4", "FP8", "LLAMAFILE", "MOE_INT4", "MOE_INT8"}
+        {*experts_inference.METHODS, "LLAMAFILE"}
     )
     SFT_METHODS: ClassVar[frozenset[str]] = frozenset(AMXSFTMoEWrapper.METHODS)
+
+    set_capture_batch_sizes = staticmethod(BaseMoEWrapper.set_capture_batch_sizes)
+    get_capture_batch_sizes = staticmethod(BaseMoEWrapper.get_capture_batch_sizes)
+    clear_buffer_cache = staticmethod(BaseMoEWrapper.clear_buffer_cache)
 
     def __new__(  # type: ignore[misc]
         cls,
@@ -46,6 +55,7 @@ class KTMoEWrapper:
         group_size: int | None = None,
         zero_point: bool = False,
         compute: Literal["bf16", "int8"] | None = None,
+        gpu_experts_mask: Array | None = None,
     ) -> BaseMoEWrapper | BaseSFTMoEWrapper:
         """Make a wrapper.
 
@@ -55,14 +65,16 @@ class KTMoEWrapper:
           num_experts_per_tok: experts that each token is sent to.
           hidden_size: width of the layer's input and output.
           moe_intermediate_size: width of an expert's gate and up projections.
-          num_gpu_experts: experts that an accelerator computes; 0 in mode "sft".
+          num_gpu_experts: experts that an accelerator computes, the first ones; 0 in
+            mode "sft".
           cpuinfer_threads: threads of each sub-pool of the worker pool.
           threadpool_count: sub-pools of the worker pool, one per NUMA node.
           weight_path: the checkpoint, a safetensors file or a directory of them.
-          chunked_prefill_size: the most tokens of one inference forward.
+          chunked_prefill_size: mode "inference" only: the most tokens that are computed
+            at once; more are computed in pieces, with the same result.
           cpu_save: mode "inference" only: also save the converted weights.
           max_deferred_experts_per_token: mode "inference" only: experts of a token
-            whose sum may come one layer late.
+            whose sum comes one layer late; None = 0.
           method: storage format and kernels; one of the mode's set.
           mode: "inference" or "sft".
           lora_rank: mode "sft" only: rank of the adapters, 1 to 256.
@@ -73,7 +85,10 @@ class KTMoEWrapper:
           group_size: method "AMXINT4_KGroup_SFT" only: 32, 64 or 128 depths to a scale;
             None = what the checkpoint has, or else 128.
           zero_point: method "AMXINT4_KGroup_SFT" only: quantise with zero points.
-          compute: mode "sft" only: "bf16", "int8" or None, as in `ktjax.moe`.
+          compute: "bf16", "int8" or None, as in `ktjax.moe`; None in mode "inference" =
+            as the method says.
+          gpu_experts_mask: mode "inference" only: which experts an accelerator
+            computes, `[num_experts]` bool, a row of `generate_gpu_experts_masks`.
 
         Returns:
           A `BaseMoEWrapper` in mode "inference", a `BaseSFTMoEWrapper` in mode "sft".
@@ -81,7 +96,7 @@ class KTMoEWrapper:
         Raises:
           ValueError: an unknown mode, a method outside the mode's set, or a setting
             outside its limits.
-          NotImplementedError: a method of mode "inference"; none is built yet.
+          NotImplementedError: method "LLAMAFILE", which is not built yet.
           RuntimeError: the worker pool already runs with another configuration.
         """
         if mode not in ("inference", "sft"):
@@ -93,10 +108,36 @@ class KTMoEWrapper:
                 f"Method '{method}' is not supported in {name} mode. "
                 f"Supported methods: {sorted(supported)}"
             )
-        if mode == "inference":
+        if method == "LLAMAFILE":
             raise NotImplementedError(
-                f"Method '{method}' of mode 'inference' is not built yet; what works "
-                f"today: mode='sft' with method in {sorted(AMXSFTMoEWrapper.METHODS)}"
+                "Method 'LLAMAFILE' of mode 'inference' is not built yet: GGUF files "
+                "are not read. Methods that are built: "
+                f"{sorted(experts_inference.METHODS)}"
+            )
+        if mode == "inference":
+            return InferenceMoEWrapper(
+                layer_idx=layer_idx,
+                num_experts=num_experts,
+                num_experts_per_tok=num_experts_per_tok,
+                hidden_size=hidden_size,
+                moe_intermediate_size=moe_intermediate_size,
+                num_gpu_experts=num_gpu_experts,
+                cpuinfer_threads=cpuinfer_threads,
+                threadpool_count=threadpool_count,
+                weight_path=weight_path,
+                chunked_prefill_size=chunked_prefill_size,
+                cpu_save=cpu_save,
+                max_deferred_experts_per_token=max_deferred_experts_per_token,
+                method=method,
+                group_size=group_size,
+                zero_point=zero_point,
+                compute=compute,
+                gpu_experts_mask=gpu_experts_mask,
+            )
+        if gpu_experts_mask is not None:
+            raise ValueError(
+                "gpu_experts_mask must be None in SFT mode, which computes every "
+                "expert on the CPU"
             )
         return AMXSFTMoEWrapper(
             layer_idx=layer_idx,

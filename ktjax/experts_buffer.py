@@ -1,9 +1,10 @@
-"""Host staging buffers of the eager training path."""
+"""Host staging buffers of the eager paths."""
 
 from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -179,3 +180,84 @@ class KExpertsSFTBuffer:
         self.weights_cpu = aligned_empty(slots, np.float32)
         # Last: a reader without the lock who sees the capacity finds the arrays.
         self.capacity = capacity
+
+
+class KExpertsCPUBuffer:
+    """Host memory for the inputs of one piece of an inference forward.
+
+    Whoever takes a buffer owns it until it is given back, after the kernels have read
+    it. So no forward ever writes into what another still needs, however many layers
+    are in flight; two layers in turns use two buffers in turns.
+
+    Attributes:
+      input_cpu: `[tokens, hidden]`, float32 or bfloat16.
+      expert_ids_cpu: `[tokens, k]` int32.
+      weights_cpu: `[tokens, k]` float32.
+      capture_bs: numbers of tokens whose buffers are kept once they were used. Of
+        others, only those of the last number are.
+      buffer_depth: how many buffers of a kind are kept.
+    """
+
+    capture_bs: ClassVar[tuple[int, ...]] = ()
+    buffer_depth: ClassVar[int] = 2
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _free: ClassVar[dict[tuple[Any, ...], list[KExpertsCPUBuffer]]] = {}
+    # What `_free` has for a number of tokens that is not captured.
+    _last: ClassVar[tuple[Any, ...] | None] = None
+
+    def __init__(self, tokens: int, hidden: int, k: int, dtype: Any) -> None:
+        """Allocate; `take` is the shared way."""
+        self.input_cpu = aligned_empty((tokens, hidden), dtype)
+        self.expert_ids_cpu = aligned_empty((tokens, k), np.int32)
+        self.weights_cpu = aligned_empty((tokens, k), np.float32)
+
+    @classmethod
+    def take(cls, tokens: int, hidden: int, k: int, dtype: Any) -> KExpertsCPUBuffer:
+        """A buffer of this size that nobody else has; thread-safe.
+
+        Args:
+          tokens: its number of tokens.
+          hidden: width of the layer's input.
+          k: experts that each token is sent to.
+          dtype: of the activations.
+        """
+        with cls._lock:
+            free = cls._free.get((tokens, hidden, k, np.dtype(dtype)))
+            if free:
+                return free.pop()
+        return cls(tokens, hidden, k, dtype)
+
+    def give_back(self) -> None:
+        """Offer the buffer to others; nothing may read it any more."""
+        cls = type(self)
+        (tokens, hidden), k = self.input_cpu.shape, self.expert_ids_cpu.shape[1]
+        key = (tokens, hidden, k, self.input_cpu.dtype)
+        with cls._lock:
+            if tokens not in cls.capture_bs and key != cls._last:
+                cls._drop_last()
+                cls._last = key
+            free = cls._free.setdefault(key, [])
+            if len(free) < cls.buffer_depth:
+                free.append(self)
+
+    @classmethod
+    def capture(cls, sizes: Sequence[int]) -> None:
+        """Set `capture_bs`; buffers of sizes that left it are dropped."""
+        with cls._lock:
+            cls.capture_bs = tuple(sizes)
+            cls._last = None
+            for key in [key for key in cls._free if key[0] not in cls.capture_bs]:
+                del cls._free[key]
+
+    @classmethod
+    def clear_cache(cls) -> None:
+        """Forget every free buffer."""
+        with cls._lock:
+            cls._free.clear()
+            cls._last = None
+
+    @classmethod
+    def _drop_last(cls) -> None:
+        if cls._last is not None:
+            cls._free.pop(cls._last, None)

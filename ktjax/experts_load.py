@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
-from ktjax import backend
+from ktjax import _native, backend
 from ktjax.io.experts import ExpertWeights
 from ktjax.quant.formats import FORMATS, Encoding, Quantized
-from ktjax.quant.plain import group_of
+from ktjax.quant.plain import check_quantized, group_of
 from ktjax.store import ExpertStore
 
 
@@ -23,7 +24,7 @@ def encoding_of(
     depth: int,
     where: str,
 ) -> Encoding:
-    """Which of `formats` given arrays are in, by the shape of their scales.
+    """Which of `formats` given arrays are in, by shape and dtype of their scales.
 
     "bf16" for weights that are not quantised. The arrays are checked by the store.
 
@@ -43,6 +44,8 @@ def encoding_of(
     format = formats[0]
     if "fp8_channel" in formats and np.ndim(gate.scales) == 2:
         format = "fp8_channel"
+    elif "int4_kgroup" in formats and np.asarray(gate.scales).dtype == np.float32:
+        format = "int4_kgroup"
     if FORMATS[format].group_sizes and group_size is None:
         group_size = group_of(gate, depth)
     zero_point = zero_point or gate.zeros is not None
@@ -138,6 +141,69 @@ def make_store(
     Raises:
       ValueError, TypeError, MemoryError: see `ExpertStore.from_arrays`.
     """
+    asked, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    return ExpertStore.from_arrays(
+        *arrays,
+        format=asked.format,
+        group_size=asked.group_size or None,
+        zero_point=asked.zero_point,
+        pool=pool,
+    )
+
+
+def encode_experts(
+    weights: ExpertWeights,
+    formats: Sequence[str],
+    group_size: int | None = None,
+    zero_point: bool = False,
+    *,
+    where: str,
+) -> ExpertWeights:
+    """`weights` in the encoding that `make_store` would give them, as plain arrays.
+
+    A store of the result has the values of a store of `weights`. Quantising runs on the
+    worker pool's threads, with the bits of `ktjax.quant.encode`.
+
+    Args:
+      weights: a layer's experts.
+      formats: see `make_store`, as are the others.
+      group_size: see `choose_encoding`.
+      zero_point: see `choose_encoding`.
+      where: the operation that asks; begins errors and warnings.
+
+    Returns:
+      The weights; of arrays that are in the encoding already, views.
+
+    Raises:
+      ValueError: sizes that groups do not divide, NaN or Inf in weights to be
+        quantised, or what `ExpertStore.from_arrays` refuses of quantised ones.
+      TypeError: wrong dtypes.
+    """
+    asked, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    backend.get_pool()
+    _, intermediate, hidden = weights.shape
+    sizes = {
+        "gate": (intermediate, hidden),
+        "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+    encoded = (
+        check_quantized(matrix, asked, *sizes[name], where=f"{where}: {name}")
+        if isinstance(matrix, Quantized)
+        else _encode(matrix, asked, name, where)
+        for name, matrix in zip(sizes, arrays, strict=True)
+    )
+    return ExpertWeights(asked, *encoded)
+
+
+def _prepare(
+    weights: ExpertWeights,
+    formats: Sequence[str],
+    group_size: int | None,
+    zero_point: bool,
+    where: str,
+) -> tuple[Encoding, tuple[np.ndarray | Quantized, ...]]:
+    """The encoding to have, and the arrays: in it already, or to be quantised."""
     stored = weights.encoding
     asked = choose_encoding(stored, formats, group_size, zero_point, where=where)
     arrays = weights.arrays()
@@ -149,16 +215,36 @@ def make_store(
                 f"{where}: experts stored as {_describe(stored)} are quantised again "
                 f"as {_describe(asked)}, which adds a second error; ask for the stored "
                 "format to keep them as they are",
-                stacklevel=3,
+                stacklevel=4,
             )
         arrays = weights.dequantize()
-    return ExpertStore.from_arrays(
-        *arrays,
-        format=asked.format,
-        group_size=asked.group_size or None,
-        zero_point=asked.zero_point,
-        pool=pool,
+    return asked, arrays
+
+
+def _encode(
+    matrix: np.ndarray, encoding: Encoding, name: str, where: str
+) -> np.ndarray | Quantized:
+    if matrix.dtype not in (np.float32, ml_dtypes.bfloat16):
+        raise TypeError(
+            f"{where}: {name}: expected float32 or bfloat16, got {matrix.dtype}"
+        )
+    if encoding.format == "bf16":
+        return matrix.astype(ml_dtypes.bfloat16, copy=False)
+    experts, outputs, depth = matrix.shape
+    encoding.check_depth(depth, where=f"{where}: {name}")
+    plain = {
+        part: np.empty((experts, *shape), dtype)
+        for part, (shape, dtype) in encoding.shapes(outputs, depth).items()
+    }
+    _native.encode(
+        encoding.format,
+        encoding.group_size if encoding.spec.group_sizes else 0,
+        encoding.zero_point,
+        backend.native_bits(matrix),
+        f"{where}: {name}",
+        [backend.native_bits(array) for array in plain.values()],
     )
+    return Quantized(**plain)
 
 
 def _widen(matrix: np.ndarray | Quantized) -> Quantized:

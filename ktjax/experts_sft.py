@@ -5,25 +5,23 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ktjax import experts_arrays, experts_state
 from ktjax.experts_buffer import KExpertsSFTBuffer
-from ktjax.experts_load import check_sizes, encoding_of, make_store
 from ktjax.experts_sft_base import LORA_NAMES, BaseSFTMoEWrapper
-from ktjax.io.experts import ExpertWeights, read_experts
-from ktjax.io.safetensors import Checkpoint
+from ktjax.experts_weights import LoadsExperts
 from ktjax.lora import LoRA
 from ktjax.ops.api import moe
-from ktjax.quant.formats import Encoding, Quantized, check_compute
+from ktjax.quant.formats import Encoding, check_compute
+from ktjax.store import ExpertStore
 
 __all__ = ["AMXSFTMoEWrapper", "BaseSFTMoEWrapper", "KExpertsSFTBuffer"]
 
 Array = Any
 
 
-class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
+class AMXSFTMoEWrapper(LoadsExperts, BaseSFTMoEWrapper):
     """LoRA training of one layer of experts whose base weights stay in host memory.
 
     There are two ways to compute. `wrapper(x, ids, w)` is pure and differentiable, for
@@ -112,104 +110,15 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         self.zero_point = zero_point
         self.compute = compute
 
-    def load_weights(self, physical_to_logical_map: Array | None = None) -> None:
-        """Load layer `layer_idx` of the checkpoint at `weight_path`.
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return self.METHODS[self.method]
 
-        A checkpoint in a format of the method is taken as it is; float weights are
-        quantised. One that is quantised in another format is quantised again, from its
-        exact values and with a warning. Loading again replaces the weights; the
-        adapters stay.
-
-        Args:
-          physical_to_logical_map: `[num_experts]` integers: slot p holds expert map[p];
-            None = every expert in its own place.
-
-        Raises:
-          FileNotFoundError: there is no checkpoint at `weight_path`.
-          KeyError: it has no experts for this layer.
-          ValueError: a bad map, tensors that do not have the wrapper's sizes, or what
-            `ExpertStore.from_arrays` refuses.
-        """
-        order = None
-        if physical_to_logical_map is not None:
-            order = experts_arrays.check_map(
-                physical_to_logical_map, self.num_experts, self.num_experts
-            )
-        self._adopt(
-            read_experts(
-                Checkpoint(self.weight_path),
-                self.layer_idx,
-                self.num_experts,
-                physical_to_logical_map=order,
-            )
-        )
-
-    def load_weights_from_arrays(
-        self,
-        gate: Array | Quantized,
-        up: Array | Quantized,
-        down: Array | Quantized,
-        physical_to_logical_map: Array | None = None,
-    ) -> None:
-        """Load the base weights from arrays, float32 or bfloat16, which are quantised.
-
-        Or all three are `ktjax.Quantized` in a format of the method; "AMXFP8_SFT" takes
-        scales for blocks and for rows.
-
-        Args:
-          gate: `[experts, intermediate, hidden]`.
-          up: `[experts, intermediate, hidden]`.
-          down: `[experts, hidden, intermediate]`.
-          physical_to_logical_map: `[num_experts]` integers: slot p holds expert map[p];
-            None = every expert in its own place.
-
-        Raises:
-          ValueError: a bad map, or arrays that do not have the wrapper's sizes.
-        """
-        matrices = (gate, up, down)
-        given = [
-            experts_arrays.as_weights(value, "load_weights_from_arrays", name)
-            for name, value in zip(("gate", "up", "down"), matrices, strict=True)
-        ]
-        if physical_to_logical_map is not None:
-            order = experts_arrays.check_map(
-                physical_to_logical_map,
-                self.num_experts,
-                min(experts_arrays.count_experts(weights) for weights in given),
-            )
-            given = [jax.tree.map(lambda array: array[order], w) for w in given]
-        encoding = encoding_of(
-            given[0],
-            self.METHODS[self.method],
-            self.group_size,
-            self.zero_point,
-            depth=self.hidden_size,
-            where=self.method,
-        )
-        self._adopt(ExpertWeights(encoding, *given))
-
-    def _adopt(self, weights: ExpertWeights) -> None:
-        check_sizes(
-            weights,
-            self.num_experts,
-            self.hidden_size,
-            self.moe_intermediate_size,
-            where=f"layer {self.layer_idx}",
-        )
-        store = make_store(
-            weights,
-            self.METHODS[self.method],
-            self.group_size,
-            self.zero_point,
-            pool=self.cpu_infer,
-            where=f"load_weights: layer {self.layer_idx}",
-        )
-        loaded = experts_state.LoadedExperts(store)
-        experts_state.eager_state(self).loaded = loaded
-        self._store_form = loaded.form
-        # A copy: a step that donates the module must not take the store's own handle.
-        self.store_handle.set_value(jnp.array(loaded.handle))
+    def _adopt(self, store: ExpertStore) -> experts_state.LoadedExperts:
+        loaded = super()._adopt(store)
+        # The adapters stay when weights are loaded again.
         self._sync_lora_weights_to_cpp(loaded)
+        return loaded
 
     def init_lora_weights(
         self,
@@ -295,18 +204,6 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
     def _sync_lora_weights_to_cpp(self, loaded: experts_state.LoadedExperts) -> None:
         if (lora := self.lora) is not None:
             loaded.register(lora, self.lora_scaling)
-
-    def _loaded(self) -> experts_state.LoadedExperts:
-        """The weights, for an eager call."""
-        if not self._weights_loaded:
-            raise RuntimeError("Weights not loaded. Call load_weights() first.")
-        handle = self.store_handle.get_value()
-        if isinstance(handle, jax.core.Tracer):
-            raise RuntimeError(
-                "This method is eager, but the wrapper is traced; inside jit, grad and "
-                "scan call the wrapper itself: wrapper(x, ids, w)"
-            )
-        return experts_state.eager_state(self).find(handle)
 
     def forward_sft(
         self,
@@ -454,16 +351,11 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         Raises:
           RuntimeError: weights not loaded; or, outside of jit, wrapper closed.
         """
-        if self._store_form is None:
-            raise RuntimeError("Weights not loaded. Call load_weights() first.")
-        handle = self.store_handle.get_value()
-        if not isinstance(handle, jax.core.Tracer):
-            experts_state.eager_state(self).find(handle)
         return moe(
             x,
             ids,
             w,
-            self._store_form.store(handle),
+            self._store(),
             self.lora,
             scaling=self.lora_scaling,
             activation_policy=activation_policy,
@@ -475,8 +367,5 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
 
         The adapters stay readable. Closing twice is allowed.
         """
-        state = experts_state.eager_state(self)
-        state.saved.clear()
-        loaded = experts_state.find_loaded(self.store_handle.get_value())
-        if loaded is not None and not loaded.closed:
-            loaded.close()
+        experts_state.eager_state(self).saved.clear()
+        super().close()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ktjax import backend, experts_state
+from ktjax import experts_state
 from ktjax.config import LoRAConfig, check_positive
 from ktjax.experts_base import _MoEBase
 from ktjax.experts_state import StoreHandle
@@ -119,11 +119,6 @@ class BaseSFTMoEWrapper(_MoEBase, nnx.Module):
         lora = LoRAConfig(lora_rank, lora_alpha)
         check_positive("max_cache_depth", max_cache_depth)
         return lora
-
-    @property
-    def cpu_infer(self) -> backend.Pool:
-        """The process-wide worker pool."""
-        return self._get_cpu_infer(self.cpuinfer_threads, self.threadpool_count)
 
     @property
     def lora(self) -> LoRA | None:

@@ -1,4 +1,4 @@
-"""What the eager methods of a training wrapper remember between calls.
+"""What the eager methods of a wrapper remember between calls.
 
 None of it may be an attribute of the module: a module's attributes become the key of
 jit's caches, which would keep gigabytes of weights alive, and a counter there would
@@ -7,6 +7,7 @@ make every step compile anew. So it lives here, beside the module.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -123,11 +124,15 @@ class EagerState:
       loaded: the weights, owned together with the wrapper's copies.
       saved: forwards that await their backward, the newest last.
       grad_weights: the routing weights' gradient of the last backward.
+      submitted: inference forwards that await their sync, the oldest first.
     """
 
     loaded: LoadedExperts | None = None
     saved: list[SavedForward] = dataclasses.field(default_factory=list)
     grad_weights: jax.Array | None = None
+    submitted: collections.deque[Any] = dataclasses.field(
+        default_factory=collections.deque
+    )
 
     def find(self, handle: Array) -> LoadedExperts:
         """The weights behind a concrete handle, and become one of their owners.

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from adapter_cases import EXPERTS, HIDDEN, WIDTH, make_adapter
 
-from ktjax.io import Checkpoint, CheckpointError, merge_checkpoint, save_file
-from ktjax.io import merge as merge_module
+from ktjax.io import (
+    Checkpoint,
+    CheckpointError,
+    merge_checkpoint,
+    save_file,
+    stream,
+)
 
 PARTS = ("gate", "up", "down")
 NAMES = {
@@ -132,7 +137,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model", tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     del tensors
-    monkeypatch.setattr(merge_module, "_COPY", 1 << 20)
+    monkeypatch.setattr(stream, "_COPY", 1 << 20)
     tracemalloc.start()
     merge_checkpoint(model, adapter, tmp_path / "out")
     _, peak = tracemalloc.get_traced_memory()

@@ -81,11 +81,31 @@ def test_registered_adapter(use_pool):
         pending = [backend.submit_forward_registered(store, *args) for _ in range(5)]
         donated = jax.jit(lambda lora: jax.tree.map(jnp.zeros_like, lora))(inputs.lora)
         backend.register_lora(store, donated, 2.0)
-        backend.sync()
-        for y in pending:
-            np.testing.assert_array_equal(y, np.asarray(want))
+        for forward in pending:
+            np.testing.assert_array_equal(forward.result(), np.asarray(want))
         after = backend.forward_registered(store, *args)
         np.testing.assert_array_equal(after, base)
+
+
+def test_eager_forwards_into_a_given_array(use_pool):
+    """float32 sums of bfloat16 tokens, which round to the bfloat16 result."""
+    use_pool()
+    inputs = make_inputs(Case(tokens=9, hidden=96, rank=None))
+    args = (inputs.x, inputs.ids, inputs.w)
+    with ktjax.ExpertStore.from_arrays(*inputs.base) as store:
+        want = backend.forward_registered(store, *args)
+        out = np.full(want.shape, np.nan, np.float32)
+        forward = backend.submit_forward_registered(store, *args, out=out)
+        assert forward.result() is out
+        np.testing.assert_array_equal(out.astype(want.dtype), want)
+        assert (out != want.astype(np.float32)).any()
+        for bad, error in (
+            (out[:-1], ValueError),
+            (out.T.copy().T, ValueError),
+            (out.astype(np.float64), TypeError),
+        ):
+            with pytest.raises(error, match="forward: out: expected"):
+                backend.submit_forward_registered(store, *args, out=bad)
 
 
 def test_registered_adapter_errors(use_pool):
@@ -97,7 +117,14 @@ def test_registered_adapter_errors(use_pool):
     bad = inputs.ids.at[0, 0].set(99)
     with pytest.raises(IndexError, match="expert id 99 of token 0"):
         backend.forward_registered(store, inputs.x, bad, inputs.w)
-    backend.sync()
+    # An error belongs to the forward that made it.
+    failing = backend.submit_forward_registered(store, inputs.x, bad, inputs.w)
+    fine = backend.submit_forward_registered(store, inputs.x, inputs.ids, inputs.w)
+    assert np.isfinite(fine.result()).all()
+    assert failing.done()
+    for _ in range(2):
+        with pytest.raises(IndexError, match="expert id 99 of token 0"):
+            failing.result()
     store.close()
     with pytest.raises(RuntimeError, match="is closed"):
         backend.forward_registered(store, inputs.x, inputs.ids, inputs.w)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from ktjax import backend
 from ktjax.config import LoRAConfig, MoEConfig
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_base import BaseMoEWrapper, _MoEBase
+from ktjax.experts_inference import InferenceMoEWrapper
 from ktjax.experts_sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper
 
 
@@ -41,23 +43,27 @@ def test_signature_is_the_published_one():
         "group_size",
         "zero_point",
         "compute",
+        "gpu_experts_mask",
     ]
     defaults = [p.default for p in parameters[10:]]
     assert defaults == [
         *(False, None, "AMXINT4", "inference", 16, 32.0, 1),
-        *(None, False, None),
+        *(None, False, None, None),
     ]
-    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[-3:])
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[-4:])
 
 
 def test_method_sets():
     assert sorted(KTMoEWrapper.INFERENCE_METHODS) == [
         "AMXINT4",
         "AMXINT8",
+        "BF16",
         "FP8",
+        "FP8_PERCHANNEL",
         "LLAMAFILE",
         "MOE_INT4",
         "MOE_INT8",
+        "MXFP4",
         "RAWINT4",
     ]
     assert sorted(KTMoEWrapper.SFT_METHODS) == [
@@ -80,7 +86,8 @@ def test_method_must_belong_to_the_mode():
     with refuses(
         ValueError,
         "Method 'AMXBF16_SFT' is not supported in inference mode. Supported methods: "
-        "['AMXINT4', 'AMXINT8', 'FP8', 'LLAMAFILE', 'MOE_INT4', 'MOE_INT8', 'RAWINT4']",
+        "['AMXINT4', 'AMXINT8', 'BF16', 'FP8', 'FP8_PERCHANNEL', 'LLAMAFILE', "
+        "'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
     ):
         KTMoEWrapper(**arguments(mode="inference"))
     with refuses(
@@ -107,10 +114,61 @@ def test_bf16_sft_is_built():
     assert wrapper.cpu_infer is backend.get_pool()
 
 
-@pytest.mark.parametrize("method", sorted(KTMoEWrapper.INFERENCE_METHODS))
-def test_unbuilt_methods_name_what_works(method):
-    with pytest.raises(NotImplementedError, match=f"{method}.*AMXBF16_SFT"):
-        KTMoEWrapper(**arguments(mode="inference", method=method))
+@pytest.mark.parametrize(
+    "method", sorted(KTMoEWrapper.INFERENCE_METHODS - {"LLAMAFILE"})
+)
+def test_inference_is_built(method):
+    settings = arguments(
+        mode="inference",
+        method=method,
+        cpu_save=True,
+        max_deferred_experts_per_token=1,
+    )
+    wrapper = KTMoEWrapper(**settings)
+    assert type(wrapper) is InferenceMoEWrapper
+    assert isinstance(wrapper, BaseMoEWrapper)
+    for name in ("layer_idx", "num_experts", "weight_path", "method", "cpu_save"):
+        assert getattr(wrapper, name) == settings[name]
+    assert wrapper.max_deferred_experts_per_token == 1
+    assert wrapper.cpu_infer is backend.get_pool()
+
+
+def test_the_default_is_inference_in_int4():
+    settings = arguments()
+    for name in ("mode", "method", "lora_rank", "lora_alpha"):
+        del settings[name]
+    wrapper = KTMoEWrapper(**settings)
+    assert type(wrapper) is InferenceMoEWrapper
+    assert wrapper.method == "AMXINT4"
+
+
+def test_gguf_names_what_is_built():
+    with refuses(
+        NotImplementedError,
+        "Method 'LLAMAFILE' of mode 'inference' is not built yet: GGUF files are not "
+        "read. Methods that are built: ['AMXINT4', 'AMXINT8', 'BF16', 'FP8', "
+        "'FP8_PERCHANNEL', 'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
+    ):
+        KTMoEWrapper(**arguments(mode="inference", method="LLAMAFILE"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 64}, "AMXINT4: group_size: expected None"),
+        ({"zero_point": True}, "AMXINT4: zero_point: format 'int4' has none"),
+        ({"compute": "fp16"}, "AMXINT4: compute: expected one of"),
+        ({"chunked_prefill_size": 0}, "chunked_prefill_size must be positive, got 0"),
+        ({"lora_rank": 0}, None),
+    ],
+)
+def test_inference_settings_are_checked(change, message):
+    settings = arguments(mode="inference", method="AMXINT4", **change)
+    if message is None:  # a setting of training
+        KTMoEWrapper(**settings)
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        KTMoEWrapper(**settings)
 
 
 def test_wrapper_class_refuses_unknown_method():
@@ -277,6 +335,11 @@ class InferenceWrapper(BaseMoEWrapper):
     def load_weights(self, physical_to_logical_map=None):
         return None
 
+    def load_weights_from_tensors(
+        self, gate_proj, up_proj, down_proj, physical_to_logical_map=None
+    ):
+        return None
+
     def forward(self, hidden_states, expert_ids, weights):
         return hidden_states
 
@@ -284,9 +347,6 @@ class InferenceWrapper(BaseMoEWrapper):
         return None
 
     def sync_forward(self):
-        return None
-
-    def select_deferred_experts(self, expert_ids, weights):
         return None
 
 

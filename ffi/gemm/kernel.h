@@ -49,12 +49,20 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int lines_per_pair = 1;  // cache lines to fetch per depth pair, 1..4
+  // Contiguous bytes to fetch after all that.
+  const char* more = nullptr;
+  int64_t more_bytes = 0;
 
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are
   // to hide behind, the more lines per pair.
   [[gnu::always_inline]] void Spread(int64_t pairs) {
-    const int64_t lines = CeilDiv(total_bytes, 64 * pairs);
+    const int64_t lines = CeilDiv(total_bytes + more_bytes, 64 * pairs);
     lines_per_pair = static_cast<int>(lines < 1 ? 1 : lines > 4 ? 4 : lines);
+  }
+  // Whether it is time to begin, with so many depth pairs left: what is fetched too
+  // early pushes out of L2 what is in use.
+  bool Due(int64_t pairs) const {
+    return base && (position || 2 * pairs <= 3 * CeilDiv(total_bytes + more_bytes, 64));
   }
 };
 

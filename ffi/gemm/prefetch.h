@@ -22,8 +22,13 @@ struct PrefetchRun {
 // The run for at most `steps` steps of `pairs` depth pairs each. It ends where a chunk
 // ends, so callers ask again until their steps are done.
 inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs) {
-  if (!prefetch || prefetch->position >= prefetch->total_bytes) {
-    return {.steps = steps};
+  if (!prefetch) return {.steps = steps};
+  if (prefetch->position >= prefetch->total_bytes) {
+    if (prefetch->more_bytes == 0) return {.steps = steps};
+    prefetch->base = prefetch->more;
+    prefetch->stride = 0;
+    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more_bytes;
+    prefetch->position = prefetch->more_bytes = 0;
   }
   const int lines = pairs * prefetch->lines_per_pair;
   const int64_t chunk = prefetch->position / prefetch->chunk_bytes;

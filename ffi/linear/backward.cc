@@ -19,7 +19,9 @@ class LinearBackwardPass : LinearPass {
         grad_y_(grad_y),
         gradients_(gradients) {
     for (const LinearStore::Slice& slice : store.slices()) {
-      chunks_.push_back(static_cast<int>(CeilDiv(slice.count(), kChunkPanels)));
+      // Rows in place are taken whole.
+      const int panels = Packs(store.outputs()) ? kChunkPanels : slice.count();
+      chunks_.push_back(slice.count() ? CeilDiv(slice.count(), panels) : 0);
     }
     direct_ = chunks_.size() == 1 && chunks_[0] == 1;
     if (gradients.x) {
@@ -102,24 +104,19 @@ class LinearBackwardPass : LinearPass {
     for (int chunk = 0; chunk < chunks_[s]; ++chunk) {
       const int first = slice.first + slice.count() * chunk / chunks_[s];
       const int last = slice.first + slice.count() * (chunk + 1) / chunks_[s];
-      const int begin = first * kPanel;
-      const int outputs = std::min(last * kPanel, store_.outputs()) - begin;
+      const int outputs = std::min(last * kPanel, store_.outputs()) - first * kPanel;
       const SplitRows rows =
-          RowsOf(grad_y_, store_.outputs(), block, begin, outputs, scratch);
+          RowsOf(grad_y_, store_.outputs(), block, first * kPanel, outputs, scratch);
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = InputStrips(panel);
-        const ptrdiff_t stride = 2 * kStrip * strips;
-        Transpose(s, first, last, panel, scratch);
-        Terms terms;
-        terms.Add(rows, OnePart(scratch.panel.high),
-                  static_cast<int>(RoundUp(outputs, kDepth)));
+        Terms lora;
         if (rank() && s == 0 && chunk == 0) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);
           MatrixA().PackDepths(kernels_, 0, 0, rank(), panel * kPanel,
-                               std::min(kPanel, store_.inputs() - panel * kPanel),
-                               strips, scratch.lora_panel[0], stride);
-          terms.Add(SpreadRows(low_rank_grad_, block.begin), scratch.lora_panel[0],
-                    SpreadDepth());
+                               InputWidth(panel), strips, scratch.lora_panel[0],
+                               2 * kStrip * strips);
+          lora.Add(SpreadRows(low_rank_grad_, block.begin), scratch.lora_panel[0],
+                   SpreadDepth());
         }
         Prefetch prefetch;
         if (panel + 1 < task.last_panel) {
@@ -127,48 +124,68 @@ class LinearBackwardPass : LinearPass {
                                 (panel + 1) * kPanel / 2, kPanel / 2, last - first,
                                 store_.Stride());
         }
-        Multiply(
-            terms, block.count, strips, scratch, prefetch, [](int) {},
-            [&](int from, int count) {
-              StoreInputGrad(s, block.begin + from, count, panel, scratch);
-            });
+        const auto transposed = [&](int from, int count) {
+          const int depth = Transpose(s, first + from, count, panel, scratch);
+          SplitRows part = rows;
+          part.high += from * kPanel;
+          Terms terms;
+          terms.Add(part, OnePart(scratch.panel.high), depth);
+          return terms;
+        };
+        const auto touch = [&](int row) { FetchPlace(s, block.begin + row, panel); };
+        const auto epilogue = [&](const float* tile, int from, int count) {
+          StoreInputGrad(s, tile, block.begin + from, count, panel);
+        };
+        MultiplyTransposed(last - first, transposed, lora, block.count, strips, scratch,
+                           prefetch, touch, epilogue);
       }
     }
   }
 
-  void StoreInputGrad(int s, int row, int count, int panel,
-                      const Scratch& scratch) const {
+  // Where a row's values of a panel of inputs go: to grad_x, or to a slice's sum.
+  void FetchPlace(int s, int row, int panel) const {
+    if (direct_) {
+      const int64_t bytes = gradients_.x.is_float32 ? sizeof(float) : sizeof(bf16);
+      const int64_t at = int64_t{row} * store_.inputs() + panel * kPanel;
+      Fetch<true>(static_cast<char*>(gradients_.x.data) + at * bytes,
+                  InputWidth(panel) * bytes);
+      return;
+    }
+    const auto [sums, stride] = sum_.At(s, panel);
+    Fetch<true>(sums + row * stride, sizeof(float) * kStrip * InputStrips(panel));
+  }
+  void StoreInputGrad(int s, const float* tile, int row, int count, int panel) const {
     if (!direct_) {
       const auto [sums, stride] = sum_.At(s, panel);
-      return epilogues_.scatter_add(scratch.tile, count, InputStrips(panel),
-                                    &row_numbers_[row], nullptr, sums, stride);
+      return epilogues_.scatter_add(tile, count, InputStrips(panel), &row_numbers_[row],
+                                    nullptr, sums, stride);
     }
     const int64_t stride = store_.inputs(), at = row * stride + panel * kPanel;
-    const int columns = std::min(kPanel, store_.inputs() - panel * kPanel);
     if (gradients_.x.is_float32) {
-      epilogues_.store_rows_f32(scratch.tile, count, columns,
+      epilogues_.store_rows_f32(tile, count, InputWidth(panel),
                                 static_cast<float*>(gradients_.x.data) + at, stride);
     } else {
-      epilogues_.store_rows_bf16(scratch.tile, count, columns,
+      epilogues_.store_rows_bf16(tile, count, InputWidth(panel),
                                  static_cast<bf16*>(gradients_.x.data) + at, stride);
     }
   }
 
-  // scratch.panel = the depths of `panel` of the inputs as outputs, the outputs of the
-  // panels [first, last) of W as depths.
-  void Transpose(int s, int first, int last, int panel, const Scratch& scratch) const {
+  // scratch.panel = the depths of `panel` of the inputs as outputs, the outputs of
+  // `count` panels of W as depths, whose number is returned.
+  int Transpose(int s, int first, int count, int panel, const Scratch& scratch) const {
     const int strips = InputStrips(panel);
     const ptrdiff_t stride = 2 * kStrip * strips;
-    bf16* dst = scratch.panel.high;
-    for (int source = first; source < last; ++source) {
+    int depth = 0;
+    for (int source = first; source < first + count; ++source) {
       const int width = store_.Strips(source);
       const bf16* src = Pairs(store_.Panel(s, source), width, panel * kPanel / 2,
                               strips * kStrip / 2, scratch, nullptr);
-      for (int strip = 0; strip < width; ++strip, dst += kStrip / 2 * stride) {
+      for (int strip = 0; strip < width; ++strip, depth += kStrip) {
         kernels_.transpose(src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
-                           dst, stride);
+                           scratch.panel.high + depth / 2 * stride, stride);
       }
     }
+    return depth;
   }
 
   static int64_t GradTasks(int columns) { return CeilDiv(columns, kGradColumns); }

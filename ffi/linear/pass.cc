@@ -46,8 +46,9 @@ std::vector<BlockTask> LinearPass::MakeTasks(int panels) const {
 Scratch LinearPass::MakeScratch(Arena& arena) const {
   const size_t parts = exact() ? 2 : 1;
   // Rows are packed whole in the forward, a chunk at a time elsewhere.
-  const size_t width = std::max(store_.inputs_padded(), kChunk);
-  const ptrdiff_t stride = width + kDepth;
+  const ptrdiff_t stride = std::max(store_.inputs_padded(), kChunk) + kDepth;
+  const size_t panel_depth = std::max(
+      {store_.inputs_padded(), kLowRankDepth, kMaxGradDepth, kSourcePanels * kPanel});
   size_t block_rows = 1;
   for (const auto* blocks : {&blocks_, &low_rank_blocks_}) {
     for (const RowBlock& block : *blocks) {
@@ -56,14 +57,14 @@ Scratch LinearPass::MakeScratch(Arena& arena) const {
   }
   const size_t rank_padded = RoundUp(std::max(rank(), 1), kDepth);
   const int64_t tile_rows =
-      std::max(RoundUp(std::max(rank(), 1), kernels_.max_rows),
-               rank() ? RoundUp(kLowRankRows, kernels_.max_rows) : 0);
+      std::max<int64_t>(RoundUp(std::max(rank(), 1), kernels_.max_rows),
+                        std::max(kTransposedRows, kLowRankRows));
   Scratch scratch{};
   scratch.rows = {arena.Take<bf16>(parts * stride * block_rows),
                   static_cast<ptrdiff_t>(parts) * stride, exact() ? stride : 0};
   scratch.chunk = arena.Take<bf16>(store_.quantised() ? kPanel * 2 * kChunkPairs : 0);
-  scratch.panel = {arena.Take<bf16>(kPanel * width),
-                   arena.Take<bf16>(exact() ? kPanel * width : 0)};
+  scratch.panel = {arena.Take<bf16>(kPanel * panel_depth),
+                   arena.Take<bf16>(exact() ? kPanel * panel_depth : 0)};
   scratch.lora_panel[0] = {
       arena.Take<bf16>(kPanel * rank_padded),
       arena.Take<bf16>(LoRAInTwoParts() ? kPanel * rank_padded : 0)};

@@ -16,16 +16,19 @@ class LinearPass : protected Products {
   LinearPass(const LinearStore& store, int64_t rows, int width, bool exact,
              const LinearLoRA& lora, int phases);
 
-  // Outputs over which the backward contracts at a time: a transposed panel of 512 KiB.
+  // Outputs of which the backward packs rows at a time.
   static constexpr int kChunkPanels = 64;
   static constexpr int kChunk = kChunkPanels * kPanel;
   // Depths that a low-rank product takes at a time: what is packed stays in L2.
   static constexpr int kLowRankDepth = 2048;
-  static_assert(kLowRankDepth <= kChunk && kMaxGradDepth <= kChunk);
+  static_assert(kLowRankDepth <= kChunk);
 
   int rank() const { return lora_.rank; }
   int slice_count() const { return static_cast<int>(store_.slices().size()); }
   int InputPanels() const { return static_cast<int>(CeilDiv(store_.inputs(), kPanel)); }
+  int InputWidth(int panel) const {
+    return std::min(kPanel, store_.inputs() - panel * kPanel);
+  }
   int InputStrips(int panel) const {
     return std::min(kPanelStrips,
                     store_.inputs_padded() / kStrip - panel * kPanelStrips);

@@ -165,39 +165,25 @@ class BackwardPass : LoRAGradPass {
     if (contract) ContractDown(s, block, begin, end, scratch);
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
-      Prefetch prefetch;
-      Terms terms;
-      if (!contract) {
-        if (column + 2 * kPanel <= end) {
-          prefetch =
-              FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
-                         (column + kPanel) / 2, kPanel / 2,
-                         geometry_.hidden_padded() / kPanel, store_.DownStride(s));
-        }
-        const bool few_rows = block.count <= kFewRows;
-        TransposeDown(s, block.expert, column, strips, few_rows ? prefetch : Prefetch{},
-                      scratch);
-        if (few_rows) prefetch = {};
-        terms.Add(scratch.rows, OnePart(scratch.panel.high), geometry_.hidden_padded());
-      }
+      Terms lora;
       if (rank()) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
                                   shard(s).begin + column,
                                   std::min(strips * kStrip, Slice(s) - column), strips,
                                   scratch.lora_panel[0], 2 * kStrip * strips);
-        terms.Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
-                  scratch.lora_panel[0], LowRankDepth());
+        lora.Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
+                 scratch.lora_panel[0], LowRankDepth());
       }
       const auto touch = [&](int row) {
         FetchKept<false>(values, group, block.begin + row, shard(s).begin + column,
                          strips * kStrip);
         if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
-      const auto epilogue = [&](int first, int count) {
+      const auto epilogue = [&](const float* tile, int first, int count) {
         const int row = block.begin + first, kept = shard(s).begin + column;
         epilogues_.swiglu_grad(
-            scratch.tile, count, strips, &routing_.weights[row], KeptIndex(values, row),
+            tile, count, strips, &routing_.weights[row], KeptIndex(values, row),
             KeptRows(values, values.gate, group, row, kept),
             KeptRows(values, values.up, group, row, kept),
             HiddenRows(d_gate_, s, group, row, column),
@@ -208,11 +194,21 @@ class BackwardPass : LoRAGradPass {
             blocks_);
       };
       if (contract) {
-        AddToSums(terms, block.count, strips, column - begin, end - begin, scratch,
+        AddToSums(lora, block.count, strips, column - begin, end - begin, scratch,
                   touch, epilogue);
-      } else {
-        Multiply(terms, block.count, strips, scratch, prefetch, touch, epilogue);
+        continue;
       }
+      Prefetch prefetch;
+      if (column + 2 * kPanel <= end) {
+        prefetch = FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
+                              (column + kPanel) / 2, kPanel / 2,
+                              geometry_.hidden_padded() / kPanel, store_.DownStride(s));
+      }
+      const auto transposed = [&](int first, int count) {
+        return TransposeDown(s, block.expert, column, strips, first, count, scratch);
+      };
+      MultiplyTransposed(DownPanels(), transposed, lora, block.count, strips, scratch,
+                         prefetch, touch, epilogue);
     }
   }
 
@@ -306,37 +302,28 @@ class BackwardPass : LoRAGradPass {
     }
     AddTerms(terms, rows, strips, scratch);
     const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-    epilogue(0, rows);
+    epilogue(scratch.tile, 0, rows);
   }
 
-  // With few rows there is too little to multiply to hide the next panel's way from
-  // memory behind: it is fetched while this one is transposed, a quarter of a chunk at
-  // a time.
-  static constexpr int kFewRows = 12;
-  static void FetchQuarter(const Prefetch& next, int64_t chunk, int quarter) {
-    if (!next.base || (chunk + 1) * next.chunk_bytes > next.total_bytes) return;
-    const int64_t bytes = next.chunk_bytes / 4;
-    const char* line = next.base + chunk * next.stride + quarter * bytes;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-  }
-
-  // scratch.panel = the depths [column, column + 16 strips) of the down panels as
-  // outputs.
-  void TransposeDown(int s, int expert, int column, int strips, const Prefetch& next,
-                     const Scratch& scratch) const {
+  // The depths [column, column + 16 strips) of `count` down panels as outputs.
+  Terms TransposeDown(int s, int expert, int column, int strips, int first, int count,
+                      const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
-    for (int panel = 0; panel < DownPanels(); ++panel) {
+    int depth = 0;
+    for (int panel = first; panel < first + count; ++panel) {
       const int width = store_.DownStrips(panel);
       const bf16* src = Pairs(store_.Down(s, expert, panel), width, column / 2,
                               strips * kStrip / 2, scratch, nullptr);
-      for (int strip = 0; strip < width; ++strip) {
-        FetchQuarter(next, panel, strip);
-        kernels_.transpose(
-            src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
-            scratch.panel.high + (panel * kPanel + strip * kStrip) / 2 * stride,
-            stride);
+      for (int strip = 0; strip < width; ++strip, depth += kStrip) {
+        kernels_.transpose(src + 2 * kStrip * strip, 2 * kStrip * width, strips / 2,
+                           scratch.panel.high + depth / 2 * stride, stride);
       }
     }
+    Terms terms;
+    SplitRows rows = scratch.rows;
+    rows.high += first * kPanel;
+    terms.Add(rows, OnePart(scratch.panel.high), depth);
+    return terms;
   }
 
   void WeightGrad(const Group& group, const RowBlock& block) {
@@ -388,26 +375,7 @@ class BackwardPass : LoRAGradPass {
       if (contract) ContractGateUp(s, group, rows, begin, end, next_expert, scratch);
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
-        const ptrdiff_t stride = 2 * kStrip * strips;
-        Prefetch prefetch;
         Terms terms;
-        if (!contract) {
-          bf16* up_panel = scratch.panel.high + width / 2 * stride;
-          const bool more_panels = panel + 1 < task.last_panel;
-          if (more_panels || next_expert >= 0) {
-            const int next = more_panels ? panel + 1 : task.first_panel;
-            prefetch = FetchPairs(
-                store_.GateUp(s, more_panels ? expert : next_expert, 0), kPanelStrips,
-                next * kPanel / 2, kPanel / 2, width / kDepth, store_.GateUpStride());
-          }
-          const bool few_rows = rows.count <= kFewRows;
-          TransposeGateUp(s, expert, panel, strips, few_rows ? prefetch : Prefetch{},
-                          scratch, up_panel);
-          if (few_rows) prefetch = {};
-          terms.Add(HiddenRows(d_gate_, s, group, rows.begin),
-                    OnePart(scratch.panel.high), width);
-          terms.Add(HiddenRows(d_up_, s, group, rows.begin), OnePart(up_panel), width);
-        }
         if (lora) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);
           const LoRAArray as[] = {kGateA, kUpA};
@@ -415,7 +383,7 @@ class BackwardPass : LoRAGradPass {
             Matrix(as[which]).PackDepths(
                 kernels_, expert, 0, rank(), panel * kPanel,
                 std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
-                scratch.lora_panel[which], stride);
+                scratch.lora_panel[which], 2 * kStrip * strips);
             terms.Add(SpreadRows(low_rank_grad_, group, rows.begin, which),
                       scratch.lora_panel[which], LowRankDepth());
           }
@@ -426,41 +394,59 @@ class BackwardPass : LoRAGradPass {
           FetchSpread(low_rank_grad_, group, rows.begin + row, 0);
           FetchSpread(low_rank_grad_, group, rows.begin + row, 1);
         };
-        const auto epilogue = [&](int from, int count) {
+        const auto epilogue = [&](const float* tile, int from, int count) {
           const auto [sums, stride] = sum_.At(s, panel);
-          epilogues_.scatter_add(scratch.tile, count, strips,
+          epilogues_.scatter_add(tile, count, strips,
                                  &routing_.tokens[rows.begin + from], nullptr, sums,
                                  stride);
         };
         if (contract) {
           AddToSums(terms, rows.count, strips, panel * kPanel - begin, end - begin,
                     scratch, touch, epilogue);
-        } else {
-          Multiply(terms, rows.count, strips, scratch, prefetch, touch, epilogue);
+          continue;
         }
+        Prefetch prefetch;
+        const bool more_panels = panel + 1 < task.last_panel;
+        if (more_panels || next_expert >= 0) {
+          const int next = more_panels ? panel + 1 : task.first_panel;
+          prefetch = FetchPairs(store_.GateUp(s, more_panels ? expert : next_expert, 0),
+                                kPanelStrips, next * kPanel / 2, kPanel / 2,
+                                width / kDepth, store_.GateUpStride());
+        }
+        const auto transposed = [&](int first, int count) {
+          return TransposeGateUp(s, group, rows, panel, strips, first, count, scratch);
+        };
+        MultiplyTransposed(width / kDepth, transposed, terms, rows.count, strips,
+                           scratch, prefetch, touch, epilogue);
       }
     }
   }
 
-  // The depths [64 panel, 64 panel + 16 strips) of the gate/up panels as outputs:
-  // gate's to scratch.panel, up's to `up`.
-  void TransposeGateUp(int s, int expert, int panel, int strips, const Prefetch& next,
-                       const Scratch& scratch, bf16* up) const {
+  // The depths [64 panel, 64 panel + 16 strips) of `count` gate/up panels as outputs:
+  // all of gate's, then all of up's.
+  Terms TransposeGateUp(int s, const Group& group, const RowBlock& rows, int panel,
+                        int strips, int first, int count,
+                        const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
-    for (int source = 0; source < shard(s).width / kDepth; ++source) {
+    bf16* gate = scratch.panel.high;
+    bf16* up = gate + count * kDepth / 2 * stride;
+    for (int i = 0; i < count; ++i) {
       const bf16* src =
-          Pairs(store_.GateUp(s, expert, source), kPanelStrips, panel * kPanel / 2,
-                strips * kStrip / 2, scratch, nullptr);
+          Pairs(store_.GateUp(s, rows.expert, first + i), kPanelStrips,
+                panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr);
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = (source * kDepth + half * kStrip) / 2 * stride;
+        const int64_t at = (i * kDepth + half * kStrip) / 2 * stride;
         const bf16* pair = src + 4 * kStrip * half;
-        FetchQuarter(next, source, 2 * half);
-        kernels_.transpose(pair, 2 * kPanel, strips / 2, scratch.panel.high + at,
-                           stride);
-        FetchQuarter(next, source, 2 * half + 1);
+        kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
         kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
       }
     }
+    Terms terms;
+    terms.Add(HiddenRows(d_gate_, s, group, rows.begin, first * kDepth), OnePart(gate),
+              count * kDepth);
+    terms.Add(HiddenRows(d_up_, s, group, rows.begin, first * kDepth), OnePart(up),
+              count * kDepth);
+    return terms;
   }
 
   const Residuals residuals_;

@@ -1,6 +1,6 @@
 #include "moe/eager.h"
 
-#include "pool/cpu_infer.h"
+#include <utility>
 
 namespace ktjax {
 namespace {
@@ -13,14 +13,12 @@ CpuInfer& Queue() {
 
 }  // namespace
 
-void SubmitForward(std::shared_ptr<ExpertStore> store, LayerInputs inputs,
-                   MutableArray y, std::shared_ptr<void> keep) {
+PendingCall SubmitForward(std::shared_ptr<ExpertStore> store, LayerInputs inputs,
+                          MutableArray y, std::shared_ptr<void> keep) {
   std::shared_ptr<const RegisteredLoRA> lora = store->registered_lora();
   if (lora) inputs.lora = lora->operands;
-  Queue().Submit([store = std::move(store), lora = std::move(lora), inputs, y,
-                  keep = std::move(keep)] { Forward(*store, inputs, y, {}); });
+  return Queue().Submit([store = std::move(store), lora = std::move(lora), inputs, y,
+                         keep = std::move(keep)] { Forward(*store, inputs, y, {}); });
 }
-
-void SyncForward() { Queue().Sync(); }
 
 }  // namespace ktjax

@@ -6,16 +6,14 @@
 
 #include "moe/layer.h"
 #include "moe/store.h"
+#include "pool/cpu_infer.h"
 
 namespace ktjax {
 
 // Queues y = layer(x) with the LoRA arrays registered on the store at the time of the
 // call. `keep` owns the memory of the operands and of y until the call has run.
-void SubmitForward(std::shared_ptr<ExpertStore> store, LayerInputs inputs,
-                   MutableArray y, std::shared_ptr<void> keep);
-
-// Waits for all calls submitted so far and rethrows the first error among them.
-void SyncForward();
+PendingCall SubmitForward(std::shared_ptr<ExpertStore> store, LayerInputs inputs,
+                          MutableArray y, std::shared_ptr<void> keep);
 
 }  // namespace ktjax
 

@@ -118,6 +118,11 @@ class ForwardPass : Pass {
           prefetch = FetchPanel(
               store_.Down(s, next_panel ? expert : group.active[e + 1], next),
               store_.DownStrips(next), shard(s).width);
+          if (!next_panel && !int8()) {
+            const RowBlock next_rows = RowsOfTokens(routing_, group.active[e + 1],
+                                                    task.first_token, task.last_token);
+            FetchHidden(s, group, next_rows, prefetch);
+          }
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);

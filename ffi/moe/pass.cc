@@ -85,7 +85,7 @@ Scratch Pass::MakeScratch(Arena& arena) const {
   }
   scratch.transposed = arena.Take<bf16>(rank() ? 2 * rank_rows * expert_rows : 0);
   scratch.tile =
-      arena.Take<float>(kPanel * std::max<size_t>(rank_rows, kernels_.max_rows));
+      arena.Take<float>(kPanel * std::max<size_t>(rank_rows, kTransposedRows));
   scratch.sums = arena.Take<float>((kernels_.contract_outputs ? kMaxContractRows : 1) *
                                    (width + kStrip));
   return scratch;

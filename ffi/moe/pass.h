@@ -89,6 +89,15 @@ class Pass : protected Products {
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
+  // Fetches rows of h as well: other threads have written them.
+  void FetchHidden(int s, const Group& group, const RowBlock& rows,
+                   Prefetch& prefetch) const {
+    const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
+    prefetch.more = reinterpret_cast<const char*>(hidden.high);
+    prefetch.more_bytes =
+        static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
+  }
+
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
   // With several shards these are parts of the contraction: they wait in partial_ until
   // SumPartials has added them in order.

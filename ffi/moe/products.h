@@ -145,6 +145,17 @@ class Products {
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                 Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
+  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 12;
+  // The product of rows with panels that are transposed first, kSourcePanels of
+  // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
+  // transposes source panels into scratch.panel and returns the terms of all rows with
+  // them; epilogue(tile, first row, rows) consumes a tile.
+  template <typename Transposed, typename Touch, typename Epilogue>
+  void MultiplyTransposed(int sources, Transposed transposed, const Terms& lora,
+                          int rows, int strips, const Scratch& scratch,
+                          Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+
   // The gradients of `factors`, of `rank` rows each, over `count` source rows and
   // `columns` of their columns, which pack(first row, rows, first column, outputs,
   // strips) brings to scratch.panel with rows as depths.
@@ -208,8 +219,10 @@ void Products::Multiply(const Terms& terms, int rows, int strips,
   ForTiles(kernels_, rows, [&](int first, int count) {
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
+    const int64_t pairs = terms.data()[0].depth / 2;
+    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
-                  false, prefetch.base ? &prefetch : nullptr);
+                  false, fetch ? &prefetch : nullptr);
     {
       const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
       epilogue(first, count);
@@ -265,6 +278,38 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
   terms.Add(operand, OnePart(values), depth);
   terms.Add(lora);
   Multiply(terms, rows, strips, scratch, prefetch, touch, epilogue);
+}
+
+template <typename Transposed, typename Touch, typename Epilogue>
+void Products::MultiplyTransposed(int sources, Transposed transposed, const Terms& lora,
+                                  int rows, int strips, const Scratch& scratch,
+                                  Prefetch prefetch, Touch touch,
+                                  Epilogue epilogue) const {
+  prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
+  for (int begin = 0; begin < rows; begin += kTransposedRows) {
+    const int end = std::min(rows, begin + kTransposedRows);
+    for (int source = 0; source < sources; source += kSourcePanels) {
+      const int count = std::min(kSourcePanels, sources - source);
+      const bool last = source + count == sources;
+      Terms terms = transposed(source, count);
+      if (last) terms.Add(lora);
+      ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
+        const int row = begin + first;
+        float* tile = scratch.tile + first * kPanel;
+        for (int r = row; last && r < row + tile_rows; ++r) touch(r);
+        const Terms tile_terms = terms.From(row);
+        const int64_t left = int64_t{end - row} * count +
+                             int64_t{end - begin} * (sources - source - count) +
+                             int64_t{rows - end} * sources;
+        const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
+        kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
+                      source > 0, fetch ? &prefetch : nullptr);
+        if (!last) return;
+        const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+        epilogue(tile, row, tile_rows);
+      });
+    }
+  }
 }
 
 template <typename Pack>

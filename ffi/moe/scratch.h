@@ -32,6 +32,9 @@ class Arena {
 // 128 KiB then and stays in L2.
 inline constexpr int kMaxGradDepth = 1024;
 
+// Rows that share what was transposed: 64 KiB of sums.
+inline constexpr int kTransposedRows = 256;
+
 // Depth pairs that are decoded at a time where they are used at once: 16 KiB stay in
 // L1.
 inline constexpr int kChunkPairs = 64;
@@ -44,7 +47,7 @@ struct Scratch {
   SplitPanel panel;            // one transposed or packed panel
   SplitPanel lora_panel[2];    // panels of a LoRA term
   bf16* transposed;            // low-rank values with rows and columns exchanged
-  float* tile;                 // product tiles
+  float* tile;                 // product tiles, kTransposedRows or more rows
   float* sums;                 // of products over a panel's outputs; a row of sum_
   WorkTimes* times = nullptr;  // of the worker that is profiled
 };

@@ -3,8 +3,8 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <condition_variable>
-#include <cstdint>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -14,49 +14,76 @@
 #include <utility>
 
 namespace ktjax {
+namespace {
+
+thread_local bool is_queue_thread = false;
+
+// Fork copies only the thread that calls it.
+void CheckOwner(int owner, const char* operation) {
+  if (getpid() == owner) return;
+  throw std::runtime_error(
+      std::string(operation) +
+      ": this process was forked after the queue was made and does not have its "
+      "thread; make the queue in the child, or start processes with the 'spawn' or "
+      "'forkserver' method");
+}
+
+}  // namespace
+
+PendingCall::PendingCall(std::shared_future<void> future)
+    : future_(std::move(future)), owner_(getpid()) {}
+
+bool PendingCall::Done() const {
+  return future_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+}
+
+void PendingCall::Wait() const {
+  if (!Done()) {
+    CheckOwner(owner_, "PendingCall::Wait");
+    if (is_queue_thread) {
+      throw std::logic_error(
+          "PendingCall::Wait: called by a submitted call, which would wait for itself");
+    }
+  }
+  future_.get();
+}
 
 struct CpuInfer::State {
+  struct Entry {
+    std::function<void()> call;
+    std::promise<void> promise;
+  };
+
   const pid_t owner = getpid();
   std::mutex mutex;
   std::condition_variable submitted_or_stopping;
-  std::condition_variable finished_one;
-  std::deque<std::function<void()>> queue;
-  int64_t submitted = 0;
-  int64_t finished = 0;
+  std::deque<Entry> queue;
   bool stopping = false;
-  std::exception_ptr first_error;
   std::thread thread;
-
-  // Fork copies only the thread that calls it.
-  void CheckOwner(const char* operation) const {
-    if (getpid() == owner) return;
-    throw std::runtime_error(
-        std::string(operation) +
-        ": this process was forked after the queue was made and does not have its "
-        "thread; make the queue in the child, or start processes with the 'spawn' or "
-        "'forkserver' method");
-  }
 
   void ThreadMain() {
     pthread_setname_np(pthread_self(), "ktjax/queue");
+    is_queue_thread = true;
     std::unique_lock lock(mutex);
     for (;;) {
       submitted_or_stopping.wait(lock, [this] { return stopping || !queue.empty(); });
       if (queue.empty()) return;
-      std::function<void()> call = std::move(queue.front());
+      Entry entry = std::move(queue.front());
       queue.pop_front();
       lock.unlock();
       std::exception_ptr error;
       try {
-        call();
+        entry.call();
       } catch (...) {
         error = std::current_exception();
       }
-      call = nullptr;  // destroys what the call holds before Sync returns
+      entry.call = nullptr;  // destroys what the call holds before its waiters go on
+      if (error) {
+        entry.promise.set_exception(std::move(error));
+      } else {
+        entry.promise.set_value();
+      }
       lock.lock();
-      if (error && !first_error) first_error = std::move(error);
-      ++finished;
-      finished_one.notify_all();
     }
   }
 };
@@ -79,29 +106,16 @@ CpuInfer::~CpuInfer() {
   state_->thread.join();
 }
 
-void CpuInfer::Submit(std::function<void()> call) {
-  state_->CheckOwner("CpuInfer::Submit");
+PendingCall CpuInfer::Submit(std::function<void()> call) {
+  CheckOwner(state_->owner, "CpuInfer::Submit");
+  State::Entry entry{std::move(call), {}};
+  const PendingCall pending(entry.promise.get_future().share());
   {
     const std::lock_guard lock(state_->mutex);
-    state_->queue.push_back(std::move(call));
-    ++state_->submitted;
+    state_->queue.push_back(std::move(entry));
   }
   state_->submitted_or_stopping.notify_one();
-}
-
-void CpuInfer::Sync() {
-  state_->CheckOwner("CpuInfer::Sync");
-  if (std::this_thread::get_id() == state_->thread.get_id()) {
-    throw std::logic_error(
-        "CpuInfer::Sync: called by a submitted call, which would wait for itself");
-  }
-  std::unique_lock lock(state_->mutex);
-  const int64_t target = state_->submitted;
-  state_->finished_one.wait(lock, [&] { return state_->finished >= target; });
-  if (!state_->first_error) return;
-  const std::exception_ptr error = std::exchange(state_->first_error, nullptr);
-  lock.unlock();
-  std::rethrow_exception(error);
+  return pending;
 }
 
 }  // namespace ktjax

@@ -3,30 +3,44 @@
 #define KTJAX_FFI_POOL_CPU_INFER_H_
 
 #include <functional>
+#include <future>
 #include <memory>
 
 namespace ktjax {
+
+// A call that was submitted. Copies stand for the same call, and outlive its queue.
+class PendingCall {
+ public:
+  // Waits until the call has run, then rethrows what it threw: errors belong to the
+  // call that made them, and every waiter gets them. Throws std::logic_error when a
+  // submitted call waits for one that has not run (it would wait for itself), and
+  // std::runtime_error in a forked child, where it never will.
+  void Wait() const;
+  bool Done() const;
+
+ private:
+  friend class CpuInfer;
+  explicit PendingCall(std::shared_future<void> future);
+
+  std::shared_future<void> future_;
+  int owner_;  // the process that has the queue's thread
+};
 
 // Submit from any thread; calls run one at a time, in the order of submission, on one
 // thread of the queue's own (they use the WorkerPool for their work).
 class CpuInfer {
  public:
   CpuInfer();
-  // Runs what is still queued; errors that nobody asked for with Sync are lost.
+  // Runs what is still queued.
   ~CpuInfer();
 
   CpuInfer(const CpuInfer&) = delete;
   CpuInfer& operator=(const CpuInfer&) = delete;
 
-  // Returns at once. `call` may throw: see Sync. Throws std::runtime_error in a forked
-  // child, which does not have the queue's thread.
-  void Submit(std::function<void()> call);
-
-  // Waits until all calls submitted so far have run, then rethrows the first error
-  // since the last Sync, if any, and forgets it. Throws std::logic_error when a
-  // submitted call calls it, which would wait for itself, and std::runtime_error in a
-  // forked child.
-  void Sync();
+  // Returns at once. `call` may throw: see PendingCall. What it holds is destroyed
+  // before its waiters go on. Throws std::runtime_error in a forked child, which does
+  // not have the queue's thread.
+  PendingCall Submit(std::function<void()> call);
 
  private:
   struct State;

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ktjax.quant.formats import FORMATS, Encoding
 from ktjax.train.options import Option, check_fields
 
 
@@ -45,6 +46,30 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Which model's experts to convert, into what."""
+
+    model: Annotated[
+        Path, Option("Hugging Face directory of the model, or a safetensors file")
+    ]
+    out: Annotated[Path, Option("directory to make")]
+    experts: Annotated[
+        str, Option(f"storage format of the experts: {', '.join(FORMATS)}")
+    ] = "int8"
+    group_size: Annotated[
+        int | None,
+        Option("int4_kgroup: 32, 64 or 128 depths to a scale (default: as stored)"),
+    ] = None
+    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        Encoding.of(self.experts, self.group_size, self.zero_point, where="convert")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ktjax.commands.config import InspectConfig
 from ktjax.io.adapters import inspect_adapter, is_adapter, ranges
-from ktjax.io.adapters.names import target_of
+from ktjax.io.adapters.names import stored_target_of
 from ktjax.io.header import CheckpointError, Entry
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
 from ktjax.train import checkpoint
@@ -112,9 +112,7 @@ def _experts(entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[int]]:
     """The tensors of routed experts, scales of quantised ones too, and their layers."""
     found, layers = {}, set()
     for name, entry in entries.items():
-        # What a quantised weight is stored as has its name and one word more.
-        stem = name.rpartition(".")[0]
-        target = target_of(name) or target_of(f"{stem}.weight")
+        target = stored_target_of(name)
         if target is not None:
             found[name] = entry
             layers.add(target.layer)

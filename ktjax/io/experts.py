@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ktjax.io.adapters.names import stored_target_of
+from ktjax.io.converted import has_converted, read_converted
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.io.stored import has_matrix, read_matrix, stored_encoding
@@ -52,6 +54,11 @@ class ExpertWeights:
         )
         return (*gate.shape[:2], down.shape[1])
 
+    def take(self, order: Sequence[int]) -> ExpertWeights:
+        """Copies of the experts `order`, in that order."""
+        slots = list(order)
+        return ExpertWeights(self.encoding, *(_take(m, slots) for m in self.arrays()))
+
     def dequantize(self) -> tuple[Array, Array, Array]:
         """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""
         _, intermediate, hidden = self.shape
@@ -60,6 +67,12 @@ class ExpertWeights:
             _dequantize(self.up, self.encoding, hidden),
             _dequantize(self.down, self.encoding, intermediate),
         )
+
+
+def _take(matrix: Array | Quantized, slots: list[int]) -> Array | Quantized:
+    if not isinstance(matrix, Quantized):
+        return matrix[slots]
+    return Quantized(*(None if a is None else a[slots] for a in matrix))
 
 
 def _dequantize(matrix: Array | Quantized, encoding: Encoding, depth: int) -> Array:
@@ -87,8 +100,9 @@ def read_experts(
     Accepts, under `{prefix}.{layer_idx}.`, per-expert
     `mlp.experts.E.{gate,up,down}_proj` (Qwen, OLMoE, DeepSeek, GLM, Kimi-K2) and
     `block_sparse_moe.experts.E.{w1,w3,w2}` (Mixtral), whose tensors may be quantised as
-    `ktjax.io.stored` lists; or the fused `mlp.experts.gate_up_proj [E, 2I, H]` and
-    `mlp.experts.down_proj [E, H, I]` in float32 or bfloat16.
+    `ktjax.io.stored` lists; the fused `mlp.experts.gate_up_proj [E, 2I, H]` and
+    `mlp.experts.down_proj [E, H, I]` in float32 or bfloat16; or converted experts
+    (`ktjax.io.converted`).
 
     Args:
       checkpoint: where to read.
@@ -99,8 +113,8 @@ def read_experts(
       prefix: what comes before the layer's index.
 
     Returns:
-      The weights. Per-expert layouts are copied into new arrays; a fused layout without
-      a map stays a view of the file.
+      The weights. Per-expert layouts are copied into new arrays; fused and converted
+      experts without a map stay views of the file.
 
     Raises:
       KeyError: the layer has no experts in a known layout, or one tensor is missing.
@@ -108,6 +122,10 @@ def read_experts(
     """
     at = f"{prefix}.{layer_idx}"
     order = _check_map(physical_to_logical_map, num_experts)
+    if has_converted(checkpoint, layer_idx):
+        encoding, matrices = read_converted(checkpoint, layer_idx, num_experts)
+        converted = ExpertWeights(encoding, *matrices)
+        return converted if physical_to_logical_map is None else converted.take(order)
     for folder, names in _PER_EXPERT:
         first = f"{at}.{folder}.0"
         if f"{first}.{names[0]}.qweight" in checkpoint:
@@ -139,6 +157,21 @@ def read_experts(
     if encoding.format == "bf16":
         _check_shapes(f"{checkpoint.path}: experts of {at}", *weights.dequantize())
     return weights
+
+
+def experts_of(checkpoint: Checkpoint) -> dict[int, int]:
+    """How many routed experts each layer has that has any, by the tensors' names."""
+    counts: dict[int, int] = {}
+    for name in checkpoint:
+        target = stored_target_of(name)
+        if target is None:
+            continue
+        if target.expert is None:
+            count = (checkpoint.file_of(name).entries[name].shape or (0,))[0]
+        else:
+            count = target.expert + 1
+        counts[target.layer] = max(count, counts.get(target.layer, 0))
+    return dict(sorted(counts.items()))
 
 
 def load_experts(

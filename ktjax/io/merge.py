@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,14 @@ import numpy as np
 from ktjax.io.adapters.adapter import Adapter
 from ktjax.io.adapters.names import PARTS, Target, target_of
 from ktjax.io.atomic import new_directory
-from ktjax.io.header import CheckpointError, Entry
+from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
-from ktjax.io.stream import Spec, save_stream
+from ktjax.io.stream import Spec, copy_other_files, read_pieces, save_stream
 from ktjax.lora import LoRA
 
 Array = np.ndarray[Any, Any]
 
-# Weights in other files would contradict the merged ones.
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
-    *(".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
-)
 _DTYPES = ("float16", "bfloat16", "float32")
-# What is copied at once of tensors that stay as they are.
-_COPY = 16 << 20
 
 
 def merge_checkpoint(
@@ -78,9 +70,7 @@ def merge_checkpoint(
         on_progress(done, total)
 
     with new_directory(Path(out)) as directory:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copyfile(path, directory / path.name)
+        copy_other_files(source, directory)
         for shard in shards:
             _merge_shard(shard, adapter, directory / shard.path.name, advance)
         # Reads every header again, and holds the index against the shards.
@@ -166,7 +156,7 @@ def _merge_shard(
         target, entry = target_of(name), entries[name]
         layer = None if target is None else adapter.layers.get(target.layer)
         if target is None or layer is None:
-            read = _read(shard, entry, 0, math.prod(entry.shape))
+            read = read_pieces(shard, entry, 0, math.prod(entry.shape))
         else:
             read = _merged(shard, name, layer, target, adapter.scaling)
         for piece in read:
@@ -174,23 +164,6 @@ def _merge_shard(
             advance(piece.nbytes)
 
     save_stream(out, specs, pieces, shard.metadata)
-
-
-def _read(
-    shard: SafetensorsFile, entry: Entry, start: int, stop: int
-) -> Iterator[Array]:
-    """The values start..stop of a tensor, a few megabytes at a time.
-
-    Read, not mapped: pages of a mapping would count as this process's memory.
-    """
-    offset, step = shard.data_offset + entry.start, _COPY // entry.dtype.itemsize
-    for first in range(start, stop, step):
-        yield np.fromfile(
-            shard.path,
-            entry.dtype,
-            min(step, stop - first),
-            offset=offset + first * entry.dtype.itemsize,
-        )
 
 
 def _merged(
@@ -204,7 +177,7 @@ def _merged(
         which = list(range(entry.shape[0]))
     for place, expert in enumerate(which):
         first = place * math.prod(shape)
-        parts = list(_read(shard, entry, first, first + math.prod(shape)))
+        parts = list(read_pieces(shard, entry, first, first + math.prod(shape)))
         weight = np.concatenate(parts).reshape(shape).astype(np.float32)
         weight += _delta(lora, target, expert, scaling)
         with np.errstate(over="ignore"):

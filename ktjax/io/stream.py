@@ -1,21 +1,30 @@
-"""Writing a safetensors file one piece at a time."""
+"""Writing a safetensors file one piece at a time, and what is copied into it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ktjax.io.atomic import new_file
-from ktjax.io.header import DTYPES
+from ktjax.io.header import DTYPES, Entry
+from ktjax.io.safetensors import SafetensorsFile
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Data begins at a multiple of this, as the format's own writer has it.
 _ALIGNMENT = 8
+# What is copied at once of tensors that stay as they are.
+_COPY = 16 << 20
+# Weights in other files would contradict those that are written.
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
+)
 
 
 class Spec(NamedTuple):
@@ -85,3 +94,27 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> by
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def read_pieces(
+    shard: SafetensorsFile, entry: Entry, start: int, stop: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The values start..stop of a tensor, a few megabytes at a time.
+
+    Read, not mapped: pages of a mapping would count as this process's memory.
+    """
+    offset, step = shard.data_offset + entry.start, _COPY // entry.dtype.itemsize
+    for first in range(start, stop, step):
+        yield np.fromfile(
+            shard.path,
+            entry.dtype,
+            min(step, stop - first),
+            offset=offset + first * entry.dtype.itemsize,
+        )
+
+
+def copy_other_files(source: Path, directory: Path) -> None:
+    """Copy what is beside the weights of a model: configuration, tokenizer."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, directory / path.name)

@@ -14,6 +14,7 @@
 #include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -476,21 +477,42 @@ void TestTaskCounter() {
 
 void TestCpuInfer() {
   CpuInfer queue;
-  queue.Sync();  // nothing submitted
   std::vector<int> order;
-  for (int i = 0; i < 100; ++i) queue.Submit([&order, i] { order.push_back(i); });
-  queue.Sync();
+  for (int i = 0; i < 99; ++i) queue.Submit([&order, i] { order.push_back(i); });
+  queue.Submit([&order] { order.push_back(99); }).Wait();
   CHECK(order == Range(100));
 
-  queue.Submit([] { throw std::runtime_error("first"); });
-  queue.Submit([] { throw std::runtime_error("second"); });
+  // Waiting for one call does not wait for a later one.
+  std::promise<void> gate;
+  const PendingCall early = queue.Submit([] {});
+  const PendingCall late = queue.Submit([&] { gate.get_future().wait(); });
+  early.Wait();
+  CHECK(early.Done() && !late.Done());
+  gate.set_value();
+  late.Wait();
+  CHECK(late.Done());
+
+  // An error belongs to its call, for everybody who waits for it.
+  const PendingCall first = queue.Submit([] { throw std::runtime_error("first"); });
+  const PendingCall second = queue.Submit([] { throw std::runtime_error("second"); });
   bool later = false;
-  queue.Submit([&] { later = true; });
-  CHECK(MessageOf<std::runtime_error>([&] { queue.Sync(); }) == "first");
+  queue.Submit([&] { later = true; }).Wait();
   CHECK(later);
-  queue.Sync();  // the error was handed over once
-  queue.Submit([&] { queue.Sync(); });
-  CHECK(Has(MessageOf<std::logic_error>([&] { queue.Sync(); }), "wait for itself"));
+  for (int i = 0; i < 2; ++i) {
+    CHECK(MessageOf<std::runtime_error>([&] { second.Wait(); }) == "second");
+    CHECK(MessageOf<std::runtime_error>([&] { first.Wait(); }) == "first");
+  }
+
+  std::promise<PendingCall> self;
+  const PendingCall waits = queue.Submit([&] { self.get_future().get().Wait(); });
+  self.set_value(waits);
+  CHECK(Has(MessageOf<std::logic_error>([&] { waits.Wait(); }), "wait for itself"));
+
+  // What a call holds is gone before its waiters go on.
+  auto held = std::make_shared<int>(1);
+  const std::weak_ptr<int> observer = held;
+  queue.Submit([held = std::move(held)] {}).Wait();
+  CHECK(observer.expired());
 
   std::atomic<int> drained{0};
   {
@@ -501,8 +523,7 @@ void TestCpuInfer() {
 
   WorkerPool pool({.subpool_count = 1, .max_threads_per_subpool = 2});
   std::atomic<int> workers{0};
-  queue.Submit([&] { pool.Run([&](Worker&) { ++workers; }); });
-  queue.Sync();
+  queue.Submit([&] { pool.Run([&](Worker&) { ++workers; }); }).Wait();
   CHECK(workers == 2);
 }
 
@@ -545,8 +566,10 @@ void TestFork() {
   auto queue = std::make_unique<CpuInfer>();
   // Once it has run something, its thread is past its start and allocates no more: the
   // allocators of sanitizers do not survive a fork in the middle of an allocation.
-  queue->Submit([] {});
-  queue->Sync();
+  const PendingCall done = queue->Submit([] {});
+  done.Wait();
+  std::promise<void> gate;
+  const PendingCall waiting = queue->Submit([&] { gate.get_future().wait(); });
   const pid_t child = fork();
   if (child == 0) {
     alarm(10);  // a hang ends here
@@ -554,16 +577,19 @@ void TestFork() {
         MessageOf<std::runtime_error>([&] { pool->Run([](Worker&) {}); }), "forked");
     const bool submit =
         Has(MessageOf<std::runtime_error>([&] { queue->Submit([] {}); }), "forked");
-    const bool sync =
-        Has(MessageOf<std::runtime_error>([&] { queue->Sync(); }), "forked");
+    const bool wait =
+        Has(MessageOf<std::runtime_error>([&] { waiting.Wait(); }), "forked");
+    done.Wait();
     pool.reset();
     queue.reset();
     // The child can have a pool of its own.
     std::atomic<int> ran{0};
     WorkerPool own({.subpool_count = 1, .max_threads_per_subpool = 2});
     own.Run([&](Worker&) { ++ran; });
-    _exit(run && submit && sync && ran == 2 ? 0 : 1);
+    _exit(run && submit && wait && ran == 2 ? 0 : 1);
   }
+  gate.set_value();
+  waiting.Wait();
   int status = -1;
   CHECK(waitpid(child, &status, 0) == child);
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);

@@ -61,6 +61,10 @@ _EXPERT = re.compile(
 _FUSED = re.compile(
     rf"model\.layers\.(\d{{1,9}})\.mlp\.experts\.({'|'.join(FUSED_PARAMETERS)})"
 )
+# Converted experts (ktjax.io.converted): all of one projection.
+_STACKED = re.compile(
+    r"model\.layers\.(\d{1,9})\.mlp\.experts\.(gate_proj|up_proj|down_proj)\.values"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,18 @@ def target_of(name: str) -> Target | None:
     if match := _FUSED.fullmatch(name):
         gate_up = match[2] == FUSED_PARAMETERS[0]
         return Target(int(match[1]), None, PARTS[:2] if gate_up else PARTS[2:])
+    if match := _STACKED.fullmatch(name):
+        return Target(int(match[1]), None, (_PART_OF[match[2]],))
     return None
+
+
+def stored_target_of(name: str) -> Target | None:
+    """`target_of`, for every tensor of a quantised matrix: its codes, its scales.
+
+    They have the name of the matrix and one word more.
+    """
+    stem = name.rpartition(".")[0]
+    return target_of(name) or target_of(f"{stem}.weight") or target_of(f"{stem}.values")
 
 
 def family_of(model_type: str) -> Family:

@@ -19,9 +19,7 @@ class LinearBackwardPass : LinearPass {
         grad_y_(grad_y),
         gradients_(gradients) {
     for (const LinearStore::Slice& slice : store.slices()) {
-      // Rows in place are taken whole.
-      const int panels = Packs(store.outputs()) ? kChunkPanels : slice.count();
-      chunks_.push_back(slice.count() ? CeilDiv(slice.count(), panels) : 0);
+      chunks_.push_back(static_cast<int>(CeilDiv(slice.count(), kChunkPanels)));
     }
     direct_ = chunks_.size() == 1 && chunks_[0] == 1;
     if (gradients.x) {
@@ -96,14 +94,12 @@ class LinearBackwardPass : LinearPass {
   // task owns these values and adds the chunks of outputs in order.
   void InputGrad(int s, const BlockTask& task, const Scratch& scratch) const {
     const RowBlock& block = task.rows;
-    const LinearStore::Slice& slice = store_.slices()[s];
     if (!direct_) {
       sum_.Clear(s, {task.first_panel, task.last_panel, block.begin,
                      block.begin + block.count});
     }
     for (int chunk = 0; chunk < chunks_[s]; ++chunk) {
-      const int first = slice.first + slice.count() * chunk / chunks_[s];
-      const int last = slice.first + slice.count() * (chunk + 1) / chunks_[s];
+      const int first = ChunkBegin(s, chunk), last = ChunkBegin(s, chunk + 1);
       const int outputs = std::min(last * kPanel, store_.outputs()) - first * kPanel;
       const SplitRows rows =
           RowsOf(grad_y_, store_.outputs(), block, first * kPanel, outputs, scratch);
@@ -120,9 +116,9 @@ class LinearBackwardPass : LinearPass {
         }
         Prefetch prefetch;
         if (panel + 1 < task.last_panel) {
-          prefetch = FetchPairs(store_.Panel(s, first), store_.Strips(first),
-                                (panel + 1) * kPanel / 2, kPanel / 2, last - first,
-                                store_.Stride());
+          prefetch = FetchInputs(s, first, last, panel + 1);
+        } else if (chunk + 1 < chunks_[s]) {
+          prefetch = FetchInputs(s, last, ChunkBegin(s, chunk + 2), task.first_panel);
         }
         const auto transposed = [&](int from, int count) {
           const int depth = Transpose(s, first + from, count, panel, scratch);
@@ -140,6 +136,17 @@ class LinearBackwardPass : LinearPass {
                            prefetch, touch, epilogue);
       }
     }
+  }
+
+  // The first panel of a chunk of a slice's outputs.
+  int ChunkBegin(int s, int chunk) const {
+    const LinearStore::Slice& slice = store_.slices()[s];
+    return slice.first + slice.count() * chunk / chunks_[s];
+  }
+  // Fetches a panel of inputs of the panels [first, last) of W.
+  Prefetch FetchInputs(int s, int first, int last, int panel) const {
+    return FetchPairs(store_.Panel(s, first), store_.Strips(first), panel * kPanel / 2,
+                      kPanel / 2, last - first, store_.Stride());
   }
 
   // Where a row's values of a panel of inputs go: to grad_x, or to a slice's sum.

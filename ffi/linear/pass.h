@@ -16,7 +16,8 @@ class LinearPass : protected Products {
   LinearPass(const LinearStore& store, int64_t rows, int width, bool exact,
              const LinearLoRA& lora, int phases);
 
-  // Outputs of which the backward packs rows at a time.
+  // Outputs over which the backward contracts at a time: their rows and panels stay in
+  // L3, and what is fetched ahead (512 KiB) in L2.
   static constexpr int kChunkPanels = 64;
   static constexpr int kChunk = kChunkPanels * kPanel;
   // Depths that a low-rank product takes at a time: what is packed stays in L2.

@@ -59,8 +59,8 @@ struct Prefetch {
     const int64_t lines = CeilDiv(total_bytes + more_bytes, 64 * pairs);
     lines_per_pair = static_cast<int>(lines < 1 ? 1 : lines > 4 ? 4 : lines);
   }
-  // Whether it is time to begin, with so many depth pairs left: what is fetched too
-  // early pushes out of L2 what is in use.
+  // Whether it is time to begin, with so many depth pairs to come after the next call:
+  // what is fetched too early pushes out of L2 what is in use.
   bool Due(int64_t pairs) const {
     return base && (position || 2 * pairs <= 3 * CeilDiv(total_bytes + more_bytes, 64));
   }

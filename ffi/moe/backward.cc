@@ -234,7 +234,7 @@ class BackwardPass : LoRAGradPass {
         const auto [following, width] =
             p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
         prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
-        prefetch.Spread(pairs);
+        prefetch.Spread(base.values ? pairs : 2 * pairs);
       }
       const int chunk = base.values ? pairs : kChunkPairs;
       for (int pair = 0; pair < pairs; pair += chunk) {
@@ -242,8 +242,7 @@ class BackwardPass : LoRAGradPass {
         const bf16* values =
             Pairs(base, strips, first_pair + pair, count, scratch, &prefetch);
         kernels_.contract_outputs(operand(p, Part::kHigh), rows, values, strips, count,
-                                  scratch.sums + 2 * pair, stride,
-                                  base.values ? &prefetch : nullptr);
+                                  scratch.sums + 2 * pair, stride, &prefetch);
         if (exact()) {
           kernels_.contract_outputs(operand(p, Part::kLow), rows, values, strips, count,
                                     scratch.sums + 2 * pair, stride, nullptr);

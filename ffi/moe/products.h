@@ -220,7 +220,7 @@ void Products::Multiply(const Terms& terms, int rows, int strips,
     for (int row = first; row < first + count; ++row) touch(row);
     const Terms tile_terms = terms.From(first);
     const int64_t pairs = terms.data()[0].depth / 2;
-    const bool fetch = prefetch.Due((rows - first) * pairs / kFetchRows);
+    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
     kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
                   false, fetch ? &prefetch : nullptr);
     {
@@ -253,14 +253,15 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {
     // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
     // are summed one after the other over all depths, as they are in other tiles.)
-    prefetch.Spread(depth / 2);
+    prefetch.Spread(depth);
     for (int row = 0; row < rows; ++row) touch(row);
     for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
       const int pairs = std::min(kChunkPairs, depth / 2 - pair);
       const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
                                  prefetch.base ? &prefetch : nullptr);
       const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
-      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0, nullptr);
+      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
+                    prefetch.base ? &prefetch : nullptr);
     }
     AddTerms(lora, rows, strips, scratch);
     {
@@ -298,7 +299,7 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
         float* tile = scratch.tile + first * kPanel;
         for (int r = row; last && r < row + tile_rows; ++r) touch(r);
         const Terms tile_terms = terms.From(row);
-        const int64_t left = int64_t{end - row} * count +
+        const int64_t left = int64_t{end - row - tile_rows} * count +
                              int64_t{end - begin} * (sources - source - count) +
                              int64_t{rows - end} * sources;
         const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);

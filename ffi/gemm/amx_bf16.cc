@@ -7,6 +7,7 @@
 #include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
+#include "gemm/nibbles_avx512.h"
 #include "gemm/pack_avx512.h"
 #include "tile/amx_real.h"
 #ifdef KTJAX_COUNT_TILES
@@ -45,6 +46,8 @@ const Kernels kAmxBf16Kernels = {
     .gemm_int8 = AmxBf16Int8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx512Decoder>,
+    .dot_codes = Avx512DotCodes,
+    .contract_codes = Avx512ContractCodes,
 };
 
 }  // namespace ktjax

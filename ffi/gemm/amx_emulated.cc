@@ -45,6 +45,8 @@ const Kernels kAmxEmulatedKernels = {
     .gemm_int8 = AmxEmulatedInt8Gemm::Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<GenericDecoder>,
+    .dot_codes = nullptr,
+    .contract_codes = nullptr,
 };
 
 }  // namespace ktjax

@@ -31,6 +31,8 @@ const Kernels kAvx2Kernels = {
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx2Decoder>,
+    .dot_codes = nullptr,
+    .contract_codes = nullptr,
 };
 
 }  // namespace ktjax

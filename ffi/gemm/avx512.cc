@@ -33,6 +33,8 @@ const Kernels kAvx512Kernels = {
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx512Decoder>,
+    .dot_codes = nullptr,
+    .contract_codes = nullptr,
 };
 
 }  // namespace ktjax

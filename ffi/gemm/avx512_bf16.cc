@@ -12,6 +12,7 @@
 #include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
+#include "gemm/nibbles_avx512.h"
 #include "gemm/pack_avx512.h"
 #include "gemm/pack_generic.h"
 #include "gemm/prefetch.h"
@@ -170,6 +171,8 @@ const Kernels kAvx512Bf16Kernels = {
     .gemm_int8 = Int8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx512Decoder>,
+    .dot_codes = Avx512DotCodes,
+    .contract_codes = Avx512ContractCodes,
 };
 
 }  // namespace ktjax

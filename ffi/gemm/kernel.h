@@ -239,6 +239,18 @@ struct Kernels {
   // panel like this one.
   void (*decode)(Format format, const QuantPanel& panel, int first_pair, int pairs,
                  bf16* dst, Prefetch* prefetch);
+
+  // Products of few rows with a panel as it is, or false where decoding it first is
+  // better: that depends on the format and its groups alone. Null where it always is.
+  // c[r][n] = sum_d a[r * a_stride + d] * value[d][n] for d < depth, a multiple of
+  // kDepth, and rows <= kMaxContractRows; c as for gemm.
+  bool (*dot_codes)(Format format, const bf16* a, ptrdiff_t a_stride, int rows,
+                    const QuantPanel& panel, int depth, float* c, Prefetch* prefetch);
+  // contract_outputs for the depth pairs [first_pair, first_pair + pairs), multiples of
+  // 16.
+  bool (*contract_codes)(Format format, const StripRows& a, int rows,
+                         const QuantPanel& panel, int first_pair, int pairs, float* c,
+                         ptrdiff_t c_stride, Prefetch* prefetch);
 };
 
 }  // namespace ktjax

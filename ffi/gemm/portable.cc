@@ -64,6 +64,8 @@ const Kernels kPortableKernels = {
     .gemm_int8 = PortableInt8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<GenericDecoder>,
+    .dot_codes = nullptr,
+    .contract_codes = nullptr,
 };
 
 }  // namespace ktjax

@@ -50,7 +50,8 @@ class LinearForwardPass : LinearPass {
          ++panel) {
       const int strips = store_.Strips(panel), width = store_.Width(panel);
       BaseProduct product{
-          rows, nullptr, store_.Panel(s, panel), store_.inputs_padded(), strips, {}};
+          rows,  nullptr, store_.Panel(s, panel), store_.inputs_padded(), strips,
+          rows_, {}};
       if (rank()) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         MatrixB().PackOutputs(kernels_, 0, int64_t{panel} * kPanel, width, 0, rank(),

@@ -234,9 +234,13 @@ class BackwardPass : LoRAGradPass {
         const auto [following, width] =
             p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
         prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
-        prefetch.Spread(base.values ? pairs : 2 * pairs);
+      }
+      if (!base.values && ContractCodes(base, operand, p, rows, first_pair, pairs,
+                                        stride, prefetch, scratch)) {
+        continue;
       }
       const int chunk = base.values ? pairs : kChunkPairs;
+      prefetch.Spread(base.values ? pairs : 2 * pairs);
       for (int pair = 0; pair < pairs; pair += chunk) {
         const int count = std::min(chunk, pairs - pair);
         const bf16* values =
@@ -249,6 +253,25 @@ class BackwardPass : LoRAGradPass {
         }
       }
     }
+  }
+
+  // The same for one panel of codes, where kernels multiply with those as they are.
+  template <typename Operand>
+  bool ContractCodes(const BasePanel& base, Operand operand, int p, int rows,
+                     int first_pair, int pairs, ptrdiff_t stride, Prefetch prefetch,
+                     const Scratch& scratch) const {
+    if (!kernels_.contract_codes) return false;
+    const Format format = store_.encoding().format;
+    prefetch.Spread(pairs);
+    if (!kernels_.contract_codes(format, operand(p, Part::kHigh), rows, base.codes,
+                                 first_pair, pairs, scratch.sums, stride, &prefetch)) {
+      return false;
+    }
+    if (exact()) {
+      kernels_.contract_codes(format, operand(p, Part::kLow), rows, base.codes,
+                              first_pair, pairs, scratch.sums, stride, nullptr);
+    }
+    return true;
   }
 
   // The columns [begin, end) of gy Wd.

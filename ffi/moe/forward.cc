@@ -101,6 +101,7 @@ class ForwardPass : Pass {
                             store_.Down(s, expert, panel),
                             shard(s).width,
                             strips,
+                            routing_.rows_of(expert),
                             {}};
         if (lora) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);

@@ -287,6 +287,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                         store_.GateUp(s, expert, panel),
                         geometry_.hidden_padded(),
                         kPanelStrips,
+                        routing_.rows_of(expert),
                         {}};
     if (rank()) {
       const LoRAArray bs[] = {kGateB, kUpB};

@@ -85,12 +85,25 @@ class Products {
     BasePanel panel;
     int depth;
     int strips;
+    int all_rows;  // that are multiplied with the panel, in this product and in others
     Terms lora;
   };
   // Like Multiply below.
   template <typename Touch, typename Epilogue>
   void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
                     Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+  // scratch.tile = the product, where there are few rows and kernels multiply with
+  // codes as they are. By all rows: how they are cut must not change a bit.
+  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
+                Prefetch prefetch) const {
+    if (!kernels_.dot_codes || exact()) return false;
+    if (product.all_rows > kMaxContractRows) return false;
+    prefetch.Spread(product.depth / 2);
+    return kernels_.dot_codes(base_.encoding().format, product.rows.high,
+                              product.rows.stride, rows, product.panel.codes,
+                              product.depth, scratch.tile,
+                              prefetch.base ? &prefetch : nullptr);
+  }
   static const char* Start(const BasePanel& panel) {
     return panel.values ? reinterpret_cast<const char*>(panel.values)
                         : reinterpret_cast<const char*>(panel.codes.codes);
@@ -234,7 +247,7 @@ template <typename Touch, typename Epilogue>
 void Products::MultiplyBase(const BaseProduct& product, int rows,
                             const Scratch& scratch, Prefetch prefetch, Touch touch,
                             Epilogue epilogue) const {
-  const auto& [operand, codes, panel, depth, strips, lora] = product;
+  const auto& [operand, codes, panel, depth, strips, all_rows, lora] = product;
   if (codes) {
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
@@ -248,6 +261,13 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
         epilogue(first, count);
       }
     });
+    return;
+  }
+  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
+    for (int row = 0; row < rows; ++row) touch(row);
+    AddTerms(lora, rows, strips, scratch);
+    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+    epilogue(0, rows);
     return;
   }
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {

@@ -233,7 +233,85 @@ class FormatSuite {
         for (const bool flush : {false, true}) {
           TestRange(encoding, panel, first, count, flush, expected);
         }
+        if (kernels_.contract_codes) TestContract(encoding, panel, first, count);
       }
+    }
+    if (kernels_.dot_codes) TestDot(encoding, panel, depth, expected);
+  }
+
+  // The bits of decoding first, for blocks [first, + count) of 32 depths.
+  void TestContract(const Encoding& encoding, const QuantPanel& panel, int first,
+                    int count) {
+    const int pairs = count * kDepth / 2, width = kStrip * panel.strips;
+    const ptrdiff_t a_stride = width + 8, c_stride = 2 * pairs + 4;
+    std::vector<bf16> values(static_cast<size_t>(2 * pairs) * width);
+    kernels_.decode(encoding.format, panel, first * kDepth / 2, pairs, values.data(),
+                    nullptr);
+    for (int rows = 1; rows <= kMaxContractRows; rows += small_ ? 3 : 1) {
+      Random random(rows);
+      Guarded<bf16> a((rows - 1) * a_stride + width);
+      Guarded<float> got((rows - 1) * c_stride + 2 * pairs), want(got.size());
+      for (size_t i = 0; i < a.size(); ++i) a[i] = RoundToBf16(random.Value());
+      for (size_t i = 0; i < got.size(); ++i) got[i] = want[i] = random.Value();
+      StripRows operand{{}, a_stride};
+      for (int s = 0; s < panel.strips; ++s) operand.strip[s] = a.data() + kStrip * s;
+      kernels_.contract_outputs(operand, rows, values.data(), panel.strips, pairs,
+                                want.data(), c_stride, nullptr);
+      if (!kernels_.contract_codes(encoding.format, operand, rows, panel,
+                                   first * kDepth / 2, pairs, got.data(), c_stride,
+                                   nullptr)) {
+        return;
+      }
+      KTJAX_CHECK(!std::memcmp(got.data(), want.data(), sizeof(float) * got.size()),
+                  "%s: %s, group %d: contract_codes: %d rows, %d strips, blocks %d + "
+                  "%d: other bits",
+                  kernels_.name, encoding.spec().name, encoding.group, rows,
+                  panel.strips, first, count);
+    }
+  }
+
+  void TestDot(const Encoding& encoding, const QuantPanel& panel, int depth,
+               const std::vector<bf16>& values) {
+    constexpr int kRows = kMaxContractRows;
+    const int width = kStrip * panel.strips;
+    const ptrdiff_t stride = depth + 8;
+    Random random(2);
+    Guarded<bf16> a((kRows - 1) * stride + depth);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = RoundToBf16(random.Value());
+    std::vector<float> alone(kRows * kPanel), got(kRows * kPanel);
+    for (int r = 0; r < kRows; ++r) {
+      if (!kernels_.dot_codes(encoding.format, a.data() + r * stride, stride, 1, panel,
+                              depth, &alone[r * kPanel], nullptr)) {
+        return;
+      }
+    }
+    for (int rows = 1; rows <= kRows; rows += small_ ? 3 : 1) {
+      kernels_.dot_codes(encoding.format, a.data(), stride, rows, panel, depth,
+                         got.data(), nullptr);
+      int wrong = 0, other = 0;
+      for (int r = 0; r < rows; ++r) {
+        for (int n = 0; n < width; ++n) {
+          double sum = 0, magnitude = 0;
+          for (int d = 0; d < depth; ++d) {
+            const double product = double{FromBf16(a[r * stride + d])} *
+                                   FromBf16(values[d / 2 * 2 * width + 2 * n + d % 2]);
+            sum += product;
+            magnitude += std::fabs(product);
+          }
+          const float value = got[r * kPanel + n];
+          other += std::memcmp(&value, &alone[r * kPanel + n], sizeof value) != 0;
+          // What may overflow is left out; denormal products may be lost.
+          wrong +=
+              magnitude < 0x1p127 && !(std::fabs(value - sum) <=
+                                       (depth + 1) * (0x1p-24 * magnitude + 0x1p-126));
+        }
+      }
+      KTJAX_CHECK(
+          wrong == 0 && other == 0,
+          "%s: %s, group %d: dot_codes: %d rows, %d strips, %d depths: %d wrong, "
+          "%d with other bits alone",
+          kernels_.name, encoding.spec().name, encoding.group, rows, panel.strips,
+          depth, wrong, other);
     }
   }
 

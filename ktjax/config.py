@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_LORA_RANK = 256
 
@@ -81,31 +86,106 @@ class MoEConfig:
 class LoRAConfig:
     """Rank and strength of the adapters (arXiv:2106.09685).
 
+    Patterns are regular expressions for the end of a module's name, as in PEFT; the
+    first that fits counts. The experts of layer 3 are `layers.3.mlp.experts`, so
+    `{r"layers\\.[0-3]\\..*": 8}` is about the first four layers.
+
     Attributes:
       rank: rank of every adapter, 1 to 256.
       alpha: the adapters' output is scaled by alpha / rank; positive and finite.
+      rslora: scale by alpha / √rank instead, so that the adapters' output does not
+        shrink as the rank grows (arXiv:2312.03732).
+      rank_pattern: pattern -> rank of the modules that it fits.
+      alpha_pattern: pattern -> alpha of the modules that it fits.
+      dropout: 0. Anything else is refused: the kernels read one input for base and
+        adapters, and dropout is of the adapters' alone.
 
     Raises:
-      ValueError: a rank or alpha outside its limits; the message has the value.
+      ValueError: a rank, an alpha or a pattern that cannot be used; the message has it.
     """
 
     rank: int = 16
     alpha: float = 32.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive("lora_rank", self.rank)
-        if self.rank > MAX_LORA_RANK:
+        _check_rank("lora_rank", self.rank)
+        _check_alpha("lora_alpha", self.alpha)
+        for key, rank in self.rank_pattern.items():
+            _module_pattern("rank_pattern", key)
+            _check_rank(f"rank_pattern['{key}']", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _module_pattern("alpha_pattern", key)
+            _check_alpha(f"alpha_pattern['{key}']", alpha)
+        if self.dropout != 0:
             raise ValueError(
-                f"lora_rank must be at most {MAX_LORA_RANK}, got {self.rank}"
+                f"lora_dropout must be 0, got {self.dropout}: the kernels read one "
+                "input for an expert's base weights and for its adapters, so dropout "
+                "of the adapters' input alone is not built; use weight_decay or a "
+                "lower rank against overfitting"
             )
-        # Written so that NaN fails too.
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be positive, got {self.alpha}")
 
     @property
     def scaling(self) -> float:
-        """The factor s = alpha / rank of the adapters' output."""
-        return float(self.alpha) / self.rank
+        """The factor s of the adapters' output where no pattern fits."""
+        return float(self.alpha) / (self.rank**0.5 if self.rslora else self.rank)
+
+    def of_module(self, name: str) -> LoRAConfig:
+        """What applies to the module with the full name `name`, without patterns."""
+        return LoRAConfig(
+            _first_fit(self.rank_pattern, name, self.rank),
+            _first_fit(self.alpha_pattern, name, self.alpha),
+            self.rslora,
+        )
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """See that every pattern fits one of the modules `names`.
+
+        Raises:
+          ValueError: names the pattern that would be about nothing.
+        """
+        names = list(names)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, option):
+                pattern = _module_pattern(option, key)
+                if not any(map(pattern.fullmatch, names)):
+                    raise ValueError(
+                        f"{option}: '{key}' fits no module with adapters; they are "
+                        f"{', '.join(names) or 'none'}"
+                    )
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether the end of the module's name `name` fits `pattern`, as PEFT matches."""
+    return _module_pattern("pattern", pattern).fullmatch(name) is not None
+
+
+def _module_pattern(option: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{key})")
+    except re.error as error:
+        raise ValueError(
+            f"{option}: '{key}' is no regular expression: {error}"
+        ) from None
+
+
+def _first_fit(patterns: Mapping[str, T], name: str, default: T) -> T:
+    return next((value for key, value in patterns.items() if fits(key, name)), default)
+
+
+def _check_rank(name: str, rank: int) -> None:
+    check_positive(name, rank)
+    if rank > MAX_LORA_RANK:
+        raise ValueError(f"{name} must be at most {MAX_LORA_RANK}, got {rank}")
+
+
+def _check_alpha(name: str, alpha: float) -> None:
+    # Written so that NaN fails too.
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"{name} must be positive, got {alpha}")
 
 
 def isa_override() -> str | None:

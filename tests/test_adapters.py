@@ -29,7 +29,7 @@ from ktjax.io import (
     read_adapter,
     write_adapter,
 )
-from ktjax.io.adapters import files, inspect_adapter, ranges
+from ktjax.io.adapters import Strength, files, inspect_adapter, ranges
 from ktjax.io.adapters.names import FAMILIES
 from ktjax.io.safetensors import SafetensorsFile
 
@@ -274,7 +274,7 @@ CONFIGS = {
         "1.up_proj has rank 4 and scaling 1.25, .* with different ranks",
     ),
     "scalings that differ": (
-        {"alpha_pattern": {"layers.2.*": 4}},
+        {"alpha_pattern": {r"layers.2.*up_proj": 4}},
         "and scaling 2, .* has 2 and 2.5",
     ),
     "bad pattern": ({"rank_pattern": {"(": 4}}, "no regular expression"),
@@ -355,8 +355,39 @@ def test_damaged_fused_tensors_are_one_clear_error(tmp_path, end, change, words)
 def test_fused_scalings_that_differ(tmp_path):
     write_fused(tmp_path, gate_up_rank=4, down_rank=2, transposed=False)
     write_config(tmp_path, rank_pattern={"gate_up_proj": 4})
-    with pytest.raises(AdapterError, match=r"different scalings.*1\.25, 2\.5"):
+    with pytest.raises(AdapterError, match=r"different scalings.*has 1\.25 and 2\.5"):
         read_adapter(tmp_path)
+
+
+def test_layers_with_a_strength_of_their_own(tmp_path):
+    """Ranks 2, 3 and 1, scalings 2.5, 2.5 and 4, in both of PEFT's layouts."""
+    layers = {0: make_lora(0), 1: make_lora(1, rank=3), 11: make_lora(2, rank=1)}
+    strengths = {1: Strength(3, 7.5), 11: Strength(1, 4.0)}
+    adapter = Adapter(RANK, 5.0, {**layers, 2: make_lora(3)}, "base", strengths)
+    assert write_adapter(tmp_path / "fused", adapter, "qwen3_moe") == "peft-fused"
+    patterns = {
+        "rank_pattern": {r"layers\.1\..*": 3, r"layers\.11\..*": 1},
+        "alpha_pattern": {r"layers\.1\..*": 7.5, r"layers\.11\..*": 4},
+    }
+    write_config(tmp_path / "plain", base_model_name_or_path="base", **patterns)
+    write_tensors(tmp_path / "plain", per_expert_tensors(adapter))
+    with pytest.raises(ValueError, match="one rank and one alpha for all layers; use"):
+        write_adapter(tmp_path / "x", adapter, "qwen3_moe", layout="peft")
+    for name in ("fused", "plain"):
+        back = read_adapter(tmp_path / name)
+        assert [back.strength(i).rank for i in (0, 1, 2, 11)] == [2, 3, 2, 1]
+        assert [back.strength(i).scaling for i in (0, 1, 2, 11)] == [2.5, 2.5, 2.5, 4.0]
+        assert list(back.differences(adapter)) == []
+    lora = adapter.lora_config()
+    for index in adapter.layers:
+        own = lora.of_module(f"layers.{index}.mlp.experts")
+        assert own.rank == adapter.strength(index).rank
+        assert own.scaling == adapter.strength(index).scaling
+    changed = {**strengths, 1: Strength(3, 9)}
+    other = Adapter(RANK, 5.0, adapter.layers, "base", changed)
+    assert list(adapter.differences(other)) == ["alpha 7.5 and 9 of layer 1"]
+    with pytest.raises(AdapterError, match="layer 1 has rank 3, expected 2"):
+        Adapter(RANK, 5.0, adapter.layers, "base")
 
 
 def test_what_cannot_be_written(tmp_path):

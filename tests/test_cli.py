@@ -7,8 +7,15 @@ import sys
 import pytest
 
 from ktjax import backend, cli
-from ktjax.commands import ExportConfig, InspectConfig, MergeConfig
-from ktjax.train.config import GenerateConfig, TrainConfig
+from ktjax.commands import (
+    ChatConfig,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    MergeConfig,
+    PlanConfig,
+)
+from ktjax.train.config import TrainConfig
 from ktjax.train.options import fields_of
 
 FACTS = {
@@ -76,10 +83,31 @@ def test_unknown_arguments_exit_with_two(capsys, arguments):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--lora-rnak", "8"],
+            "unknown argument --lora-rnak; did you mean --lora-rank?",
+        ),
+        (["--lora_rank=8"], "unknown argument --lora_rank; did you mean --lora-rank?"),
+        (["--step", "8"], "unknown argument --step; did you mean --steps?"),
+        (["--qqq"], "unknown argument --qqq; known are --debug, --model, "),
+    ],
+)
+def test_unknown_options_get_a_suggestion(capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *arguments])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("command", "config"),
     [
         ("train", TrainConfig),
         ("generate", GenerateConfig),
+        ("chat", ChatConfig),
+        ("plan", PlanConfig),
         ("export", ExportConfig),
         ("merge", MergeConfig),
         ("inspect", InspectConfig),
@@ -112,6 +140,24 @@ def test_arguments_become_the_configuration(capsys, monkeypatch):
         TrainConfig(resume=True, output_dir="o", learning_rate=1e-4),
         GenerateConfig("cipher: fox", temperature=0.5),
     ]
+
+
+def test_options_from_a_file_and_from_the_command_line(capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def remember(config, console):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_training", remember)
+    file = tmp_path / "config.yaml"
+    file.write_text("steps: 30\nlora-rank: 8\nresume: true\noutput_dir: o\n")
+    run(capsys, "train", str(file), "--steps", "40", "--no-resume")
+    assert seen == [TrainConfig(steps=40, lora_rank=8, output_dir="o")]
+    file.write_text("steps: 30\nlora_rnak: 8\n")
+    code, _, err = run(capsys, "train", str(file))
+    assert (code, len(seen)) == (2, 1)
+    assert f"{file}:2: unknown option 'lora_rnak'; did you mean lora_rank?" in err
 
 
 def test_doctor(capsys, monkeypatch):

@@ -213,7 +213,7 @@ def test_adapters_into_and_out_of_a_model():
         AdapterError, match="for layers 0-1, the model has experts in 0"
     ):
         apply_adapter(model, dataclasses.replace(adapter, layers=fewer))
-    with pytest.raises(AdapterError, match=r"this one has 2 and 4; load it with"):
+    with pytest.raises(AdapterError, match=r"this one has 2 and 4 in layer 0; load"):
         apply_adapter(model, dataclasses.replace(adapter, alpha=8.0))
     wider = {**adapter.layers, 2: make_lora(**{**SIZES, "width": 96})}
     with pytest.raises(AdapterError, match=r"gate_b of layer 2 is \[8, 96, 4\], the m"):

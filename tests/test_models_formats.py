@@ -14,11 +14,11 @@ from quant_cases import ENCODINGS, encode, encoding_id, options
 from rich.console import Console
 
 from ktjax import assets
+from ktjax.commands import GenerateConfig, generate, run_generation
 from ktjax.io import Checkpoint, load_experts, save_file
 from ktjax.models import ConfigError, ModelConfig, from_pretrained
 from ktjax.quant import Encoding, decode
-from ktjax.train import GenerateConfig, TrainConfig, run
-from ktjax.train.run import run_generation
+from ktjax.train import TrainConfig, run
 
 # The demo's experts are 64 wide.
 FITTING = [e for e in ENCODINGS if not (e.spec.group_sizes and e.group_size > 64)]
@@ -158,7 +158,8 @@ def loads(monkeypatch):
         asked.update(kwargs)
         raise Loaded
 
-    monkeypatch.setattr(run, "from_pretrained", fake)
+    for module in (run, generate):
+        monkeypatch.setattr(module, "from_pretrained", fake)
     return asked
 
 
@@ -180,9 +181,9 @@ def test_generation_takes_the_run_s_format(loads, monkeypatch, tmp_path):
         "model": str(assets.demo_model()),
         "config": {"lora_rank": 4, "lora_alpha": 8.0, **trained},
     }
-    monkeypatch.setattr(run, "newest_checkpoint", lambda _: tmp_path)
-    monkeypatch.setattr(run, "_adapter", lambda _: None)
-    monkeypatch.setattr(run.checkpoint, "read_meta", lambda _: meta)
+    monkeypatch.setattr(generate, "run_checkpoint", lambda _: tmp_path)
+    monkeypatch.setattr(generate, "_adapter", lambda _: None)
+    monkeypatch.setattr(generate.checkpoint, "read_meta", lambda _: meta)
     console = Console(quiet=True)
 
     def asked(**options):

@@ -17,7 +17,6 @@ import transformers
 from adapter_cases import make_lora
 from models_checkpoint import SIZES, make_model, save, torch, torch_logits
 
-from ktjax.config import LoRAConfig
 from ktjax.io import (
     Adapter,
     AdapterError,
@@ -25,6 +24,7 @@ from ktjax.io import (
     read_adapter,
     write_adapter,
 )
+from ktjax.io.adapters import Strength
 from ktjax.io.adapters.names import FAMILIES
 from ktjax.lora import LoRA
 from ktjax.models import apply_adapter, from_pretrained
@@ -109,8 +109,7 @@ def load_peft(path, adapter):
 
 
 def our_logits(path, adapter, ids):
-    lora = LoRAConfig(adapter.rank, adapter.alpha)
-    model = from_pretrained(path, dtype=jnp.float32, lora=lora)
+    model = from_pretrained(path, dtype=jnp.float32, lora=adapter.lora_config())
     try:
         apply_adapter(model, adapter)
         return np.asarray(model(jnp.asarray(ids)))
@@ -135,6 +134,23 @@ def test_peft_computes_what_we_do(path, ids, tmp_path, layout):
         assert relative(torch_logits(model, ids), want) > 0.1
     merged = torch_logits(model.merge_and_unload(), ids)
     assert relative(merged, want) <= TOLERANCE
+
+
+@writes_for_peft
+def test_peft_computes_layers_with_a_strength_of_their_own(path, ids, tmp_path):
+    one = make_adapter(path)
+    sizes = {"experts": EXPERTS, "hidden": HIDDEN, "width": WIDTH, "rank": RANK + 3}
+    arrays = make_lora(7, **sizes).arrays()
+    lora = LoRA(*(np.float32(0.2) * array for array in arrays))
+    layers = {**one.layers, 1: lora}
+    strengths = {1: Strength(RANK + 3, 9.5)}
+    adapter = Adapter(one.rank, one.alpha, layers, one.base_model, strengths)
+    layout = write_adapter(tmp_path / "adapter", adapter, "qwen3_moe")
+    assert layout == "peft-fused"
+    want = our_logits(path, adapter, ids)
+    assert relative(our_logits(path, one, ids), want) > 0.1
+    got = torch_logits(load_peft(path, tmp_path / "adapter"), ids)
+    assert relative(got, want) <= TOLERANCE
 
 
 def train_a_little(model):

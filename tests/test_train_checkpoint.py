@@ -44,6 +44,16 @@ def test_retention_keeps_the_newest(tmp_path):
     ]
 
 
+def test_retention_spares_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoint.save_checkpoint(tmp_path, step, {"t": TREE}, {}, 1, spare=2)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_leaf_names_are_those_of_the_file(tmp_path):
+    assert checkpoint.leaf_names(TREE) == ["count", "half", "key", "w"]
+
+
 class Killed(BaseException):
     """Stands for the process dying at a system call."""
 

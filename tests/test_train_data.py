@@ -8,7 +8,7 @@ from train_standin import LetterTokenizer, chat, make_config, make_examples
 
 from ktjax import assets
 from ktjax.train.batching import Batcher, BatchStream, Position
-from ktjax.train.data import DataError, read_chats, tokenize
+from ktjax.train.data import DataError, read_chats, split_chats, tokenize
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
@@ -54,6 +54,14 @@ def test_reads_messages_alpaca_and_unescaped_line_separators(tmp_path):
         ('{"instruction": "x"}', '"output" must be a string, got None'),
         ('{"instruction": "x", "output": "y", "input": 1}', '"input" must be a string'),
         ('{"instruction": "x", "output": "y", "group": 1}', '"group" must be a string'),
+        ('{"prompt": "x"}', "must be two strings or two lists of messages"),
+        (json.dumps({"prompt": [USER], "completion": "x"}), "or two lists of messages"),
+        (json.dumps({"prompt": [], "completion": [ASSISTANT]}), '"prompt" must be a'),
+        (json.dumps({"prompt": [USER], "completion": [3]}), "completion[0] must be an"),
+        (
+            json.dumps({"prompt": [USER], "completion": [USER]}),
+            "the last message must be the assistant's",
+        ),
     ],
 )
 def test_bad_line_names_file_and_line(tmp_path, line, words):
@@ -63,6 +71,35 @@ def test_bad_line_names_file_and_line(tmp_path, line, words):
         read_chats(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert words in str(caught.value)
+
+
+def test_reads_prompts_and_completions(tmp_path):
+    path = tmp_path / "data.jsonl"
+    system = {"role": "system", "content": "s"}
+    rows = [
+        {"prompt": "q", "completion": "a", "group": "g"},
+        {"prompt": [system, USER], "completion": [ASSISTANT]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, second = read_chats(path)
+    assert first.messages == (USER, ASSISTANT)
+    assert first.group == "g"
+    assert second.messages == (system, USER, ASSISTANT)
+
+
+def test_split_is_a_function_of_the_seed():
+    chats = [chat("a" * (index + 1), "b") for index in range(20)]
+    rest, taken = split_chats(chats, 0.25, seed=3)
+    assert len(taken) == 5
+    assert sorted([*rest, *taken], key=lambda c: len(c.prompt[0]["content"])) == chats
+    for part in (rest, taken):  # the file's order stays
+        assert [c for c in chats if c in part] == part
+    assert split_chats(chats, 0.25, seed=3) == (rest, taken)
+    assert split_chats(chats, 0.25, seed=4) != (rest, taken)
+    for share in (1e-9, 0.9999):
+        assert all(split_chats(chats, share, seed=0))
+    with pytest.raises(DataError, match="needs at least two chats, got 1"):
+        split_chats(chats[:1], 0.5, seed=0)
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n", b"\xff\xfe"])

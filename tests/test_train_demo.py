@@ -20,6 +20,7 @@ from ktjax.train import (
     TrainConfig,
     make_eval_step,
     read_chats,
+    read_config_file,
     run_training,
     split_model,
     tokenize,
@@ -127,7 +128,7 @@ def total_loss(model, batches):
     split = split_model(model)
     step = make_eval_step(split.graph)
     parts = [step(split.lora, split.random, split.frozen, batch) for batch in batches]
-    return sum(float(loss) for loss, _ in parts), sum(float(n) for _, n in parts)
+    return sum(float(p.loss) for p in parts), sum(float(p.parts) for p in parts)
 
 
 def test_packed_chats_do_not_see_each_other(model, examples):
@@ -154,6 +155,14 @@ def test_demo_trains_resumes_and_generates(tmp_path, capsys):
         assert words in text
     lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert "eval_loss" in lines[-1]
+    # The tuned experts change what later routers see.
+    assert 0 < lines[-1]["router_drift"] < 1
+    assert 1 <= lines[0]["router_load_max"] <= 8 / 2
+    assert 0 < lines[0]["router_entropy"] <= 1
+    settings = read_config_file(out / "config.yaml", TrainConfig)
+    assert TrainConfig(**settings) == TrainConfig(output_dir=out, **QUICK)
+    words = ("trained", "adapters of the experts, 3 layers", "frozen", "loss  ")
+    assert all(word in text for word in words)
 
     assert cli.main(["generate", "--run", str(out), "copy: fox"]) == 0
     trained = capsys.readouterr().out.strip()

@@ -1,5 +1,6 @@
 """Steps, resuming, accumulation, Ctrl-C and the NaN guard, on a stand-in model."""
 
+import gc
 import itertools
 import json
 import os
@@ -11,12 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from train_standin import Silent, StandIn, make_config, make_examples
+from train_standin import (
+    RANK,
+    WIDTH,
+    Silent,
+    StandIn,
+    StopAt,
+    make_config,
+    make_examples,
+)
 
 from ktjax.nn import token_losses
 from ktjax.train import loop
 from ktjax.train.batching import Batcher
-from ktjax.train.checkpoint import list_checkpoints
+from ktjax.train.checkpoint import list_checkpoints, load_tree
 from ktjax.train.config import TrainConfig
 from ktjax.train.loop import TrainingError, fit
 from ktjax.train.loss import weigh
@@ -56,19 +65,6 @@ def state_of(model):
     )
 
 
-class StopAt(Silent):
-    """Presses Ctrl-C once the given step is done."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.stop = step
-
-    def on_step(self, metrics):
-        super().on_step(metrics)
-        if metrics["step"] == self.stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 @pytest.mark.parametrize("batching", ["pack", "pad"])
 def test_interrupted_and_resumed_run_is_bit_exact(tmp_path, batching):
     whole, result, _ = train(tmp_path, "whole", batching=batching)
@@ -102,7 +98,13 @@ def test_only_lora_and_random_state_change(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     keys = {"step", "loss", "router_aux", "grad_norm", "learning_rate", "tokens"}
-    assert lines[0].keys() == keys | {"seconds"}
+    keys |= {"router_load_max", "router_entropy", "seconds"}
+    assert lines[0].keys() == keys
+    # Shares 3/4, 1/4, 0, 0 of the load: see the stand-in.
+    assert lines[0]["router_load_max"] == pytest.approx(3.0)
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+    assert lines[0]["router_entropy"] == pytest.approx(entropy)
+    assert lines[2].keys() == {"step", "eval_loss", "router_drift"}
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
@@ -184,23 +186,106 @@ def test_one_trace_for_many_steps():
     assert len(traces) == 1
 
 
-def test_nan_guard_names_the_step(tmp_path, monkeypatch):
+def poison(monkeypatch, change):
+    """Let `change(model state, batch)` spoil what the third step sees."""
+
     def poisoned(graph, config):
         step = make_train_step(graph, config)
 
         def poison_third(state, frozen, batch):
             if int(state.step) == 2:
-                batch.weights[:] = np.nan
-                batch.weights[0] = np.inf
+                state, batch = change(state, batch)
             return step(state, frozen, batch)
 
         return poison_third
 
     monkeypatch.setattr(loop, "make_train_step", poisoned)
+
+
+def test_nan_guard_names_the_step_and_the_loss(tmp_path, monkeypatch):
+    def spoil(state, batch):
+        batch.weights[:] = np.nan
+        batch.weights[0] = np.inf
+        return state, batch
+
+    poison(monkeypatch, spoil)
     with pytest.raises(TrainingError, match=r"step 3: loss is nan.*step-00000002"):
         train(tmp_path, "run", checkpoint_every=1)
     steps = [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")]
     assert steps == [1, 2]
+
+
+class Overflowing(StandIn):
+    """The loss is finite; the gradient of b is not, that of a is."""
+
+    def token_losses(self, *args, **kwargs):
+        losses, routings = super().token_losses(*args, **kwargs)
+        return losses + _spike(self.b[...]), routings
+
+
+@jax.custom_vjp
+def _spike(b):
+    return jnp.zeros(())
+
+
+_spike.defvjp(lambda b: (_spike(b), b), lambda b, g: (jnp.full_like(b, jnp.inf),))
+
+
+def test_nan_guard_names_the_tensor(tmp_path):
+    with pytest.raises(TrainingError, match=r"step 1: the gradient of b is not finite"):
+        train(tmp_path, "run", model=Overflowing())
+
+
+def test_early_stop_uses_the_best_checkpoint(tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+
+    class Scripted(loop.Evaluator):
+        def __call__(self, state):
+            return {"eval_loss": next(losses)}
+
+    monkeypatch.setattr(loop, "Evaluator", Scripted)
+    settings = {"eval_every": 2, "patience": 2, "steps": 20, "eval_split": 0.5}
+    settings |= {"checkpoint_every": 1, "keep_checkpoints": 1}
+    model, result, observer = train(
+        tmp_path, "run", evaluation=EXAMPLES[:5], **settings
+    )
+    # The best was after step 4; neither 6 nor 8 was better, equal is not.
+    assert (result.step, result.stopped_early, result.interrupted) == (8, True, False)
+    assert [step for step, _ in observer.evaluations] == [2, 4, 6, 8]
+    root = tmp_path / "run/checkpoints"
+    assert [step for step, _ in list_checkpoints(root)] == [4, 8]
+    assert result.checkpoint == root / "step-00000004"
+    lora = nnx.state(model, nnx.LoRAParam)
+    assert_same(lora, load_tree(result.checkpoint, "lora", lora))
+    assert loop.chosen_checkpoint(root) == result.checkpoint
+    # It stays stopped.
+    _, again, _ = train(
+        tmp_path,
+        "run",
+        evaluation=EXAMPLES[:5],
+        resume=True,
+        output_dir=tmp_path / "run",
+        **settings,
+    )
+    assert (again.step, again.stopped_early, again.losses) == (8, True, [])
+
+
+def test_patience_is_counted_across_a_resume(tmp_path):
+    settings = {"eval_every": 1, "patience": 3, "steps": 12, "eval_split": 0.5}
+    settings |= {"learning_rate": 1.0, "warmup_steps": 0}
+    _, whole, one = train(tmp_path, "whole", evaluation=EXAMPLES[:5], **settings)
+    _, first, two = train(
+        tmp_path, "cut", StopAt(3), evaluation=EXAMPLES[:5], **settings
+    )
+    assert first.interrupted
+    settings |= {"resume": True, "output_dir": tmp_path / "cut"}
+    _, second, three = train(tmp_path, "cut", evaluation=EXAMPLES[:5], **settings)
+    assert two.evaluations + three.evaluations == one.evaluations
+    assert (second.step, second.stopped_early) == (whole.step, whole.stopped_early)
+    assert second.checkpoint.name == whole.checkpoint.name
+    assert whole.stopped_early
+    with pytest.raises(TrainingError, match="made with evaluation_data = "):
+        train(tmp_path, "cut", evaluation=EXAMPLES[:6], **settings)
 
 
 def test_refuses_what_cannot_be_continued(tmp_path):
@@ -217,6 +302,22 @@ def test_refuses_what_cannot_be_continued(tmp_path):
         fit(StandIn(), other, [], config, tmp_path / "run", Silent())
     with pytest.raises(ValueError, match=r"no nnx\.LoRAParam"):
         split_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_there_is_one_copy_of_the_adapters_beside_the_moments(tmp_path):
+    class Counting(Silent):
+        def on_step(self, metrics):
+            super().on_step(metrics)
+            gc.collect()
+            alive = [a for a in jax.live_arrays() if a.shape == (WIDTH, RANK)]
+            counts.append(len(alive) - before)
+
+    counts = []
+    gc.collect()
+    model = StandIn()
+    before = len([a for a in jax.live_arrays() if a.shape == (WIDTH, RANK)]) - 1
+    train(tmp_path, "run", Counting(), model)
+    assert counts == [3] * 6
 
 
 def test_second_interrupt_leaves_at_once(tmp_path):
@@ -272,6 +373,19 @@ def test_loss_is_float32_and_ignores_masked_positions():
 def test_config_errors_name_field_and_value(field, value, words):
     with pytest.raises(ValueError, match=rf"TrainConfig\.{field} .*{words}"):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval_split": 0.1, "eval_data": "e"}, "eval_split cannot be given with"),
+        ({"patience": 1, "eval_every": 0}, "patience needs eval_every"),
+        ({"patience": 1, "train_data": "d"}, "patience needs eval_data or eval_split"),
+    ],
+)
+def test_config_options_that_do_not_go_together(changes, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**changes)
 
 
 def test_config_accepts_strings_for_paths_and_integers_for_floats():

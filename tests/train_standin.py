@@ -1,5 +1,8 @@
 """A tiny stand-in for a language model and its tokenizer."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +102,16 @@ class Silent:
 
     def on_checkpoint(self, path):
         self.saved.append(path)
+
+
+class StopAt(Silent):
+    """Presses Ctrl-C once the given step is done."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.stop = step
+
+    def on_step(self, metrics):
+        super().on_step(metrics)
+        if metrics["step"] == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)

@@ -17,7 +17,8 @@ from ktjax.io.adapters.names import stored_target_of
 from ktjax.io.header import CheckpointError, Entry
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
 from ktjax.train import checkpoint
-from ktjax.train.adapters import is_run, newest_checkpoint
+from ktjax.train.adapters import is_run, run_checkpoint
+from ktjax.train.report import bytes_text
 
 Rows = list[tuple[str, str]]
 
@@ -58,26 +59,33 @@ def _adapter(path: Path) -> Rows:
         ("layers", ranges(info.layers)),
         ("parameters", f"{info.parameters:,}"),
         ("dtypes", ", ".join(info.dtypes)),
-        ("size", _bytes(info.size)),
+        ("size", bytes_text(info.size)),
         ("base model", info.base_model or "not said"),
     ]
 
 
 def _run(path: Path) -> Rows:
-    newest = newest_checkpoint(path)
-    meta = checkpoint.read_meta(newest)
+    chosen = run_checkpoint(path)
+    meta = checkpoint.read_meta(chosen)
     config = meta.get("config", {})
-    entries = SafetensorsFile(newest / "lora.safetensors").entries
+    entries = SafetensorsFile(chosen / "lora.safetensors").entries
     return [
         ("training", str(path)),
-        ("checkpoint", f"{newest.name}, after step {meta.get('step')}"),
+        ("checkpoint", f"{chosen.name}, after step {meta.get('step')}"),
         ("rank", str(config.get("lora_rank"))),
         ("alpha", str(config.get("lora_alpha"))),
+        *_own_ranks(config),
         ("tensors", str(len(entries))),
         ("dtypes", _dtypes(entries)),
-        ("size", _bytes(sum(map(_size, entries.values())))),
+        ("size", bytes_text(sum(map(_size, entries.values())))),
         ("base model", str(meta.get("model"))),
     ]
+
+
+def _own_ranks(config: dict[str, Any]) -> Rows:
+    rows = [("rsLoRA", "alpha / √rank")] if config.get("rslora") else []
+    patterns = config.get("rank_pattern", {})
+    return [*rows, *((f"rank of {key}", str(rank)) for key, rank in patterns.items())]
 
 
 def _checkpoint(path: Path) -> Rows:
@@ -101,11 +109,11 @@ def _checkpoint(path: Path) -> Rows:
     rows += [
         ("experts in", f"layers {ranges(layers)}" if layers else "no layer"),
         ("tensors", f"{len(entries):,} in {len({*map(files.file_of, files)})} files"),
-        ("routed experts", f"{_bytes(routed)}, {_dtypes(experts)}"),
+        ("routed experts", f"{bytes_text(routed)}, {_dtypes(experts)}"),
     ]
     rest = {name: entry for name, entry in entries.items() if name not in experts}
     size = sum(map(_size, rest.values()))
-    return [*rows, ("the rest", f"{_bytes(size)}, {_dtypes(rest)}")]
+    return [*rows, ("the rest", f"{bytes_text(size)}, {_dtypes(rest)}")]
 
 
 def _experts(entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[int]]:
@@ -141,11 +149,3 @@ def _dtypes(entries: Mapping[str, Entry]) -> str:
 
 def _size(entry: Entry) -> int:
     return entry.stop - entry.start
-
-
-def _bytes(size: int) -> str:
-    """1536 as "1.5 KiB"."""
-    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{size} B"

@@ -158,7 +158,8 @@ def _merge_shard(
         if target is None or layer is None:
             read = read_pieces(shard, entry, 0, math.prod(entry.shape))
         else:
-            read = _merged(shard, name, layer, target, adapter.scaling)
+            scaling = adapter.strength(target.layer).scaling
+            read = _merged(shard, name, layer, target, scaling)
         for piece in read:
             yield piece
             advance(piece.nbytes)

@@ -5,7 +5,7 @@ from ktjax.models.attention import GQAConfig, KVCache
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderOutput
 from ktjax.models.fields import ConfigError
-from ktjax.models.generate import generate, generate_batch
+from ktjax.models.generate import end_ids, generate, generate_batch
 from ktjax.models.latent_attention import MLAConfig
 from ktjax.models.loading import from_pretrained
 from ktjax.models.rope import RopeConfig, YarnRamp
@@ -24,6 +24,7 @@ __all__ = [
     "TokenizerError",
     "YarnRamp",
     "apply_adapter",
+    "end_ids",
     "extract_adapter",
     "from_pretrained",
     "generate",

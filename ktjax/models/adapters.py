@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ktjax.io.adapters import Adapter, AdapterError, ranges
+from ktjax.io.adapters import Adapter, AdapterError, Strength, ranges
 from ktjax.lora import LoRA
 from ktjax.models.decoder import Decoder
 
@@ -17,7 +17,7 @@ def apply_adapter(model: Decoder, adapter: Adapter) -> None:
     """Set the adapters of the model's experts, in their own dtype.
 
     Args:
-      model: loaded with `lora=LoRAConfig(adapter.rank, adapter.alpha)`.
+      model: loaded with `lora=adapter.lora_config()`.
       adapter: an adapter of every layer that has experts.
 
     Raises:
@@ -30,13 +30,15 @@ def apply_adapter(model: Decoder, adapter: Adapter) -> None:
             f"experts in {ranges(layers)}"
         )
     for index, experts in layers.items():
+        strength = adapter.strength(index)
         if experts.lora_rank is None or not math.isclose(
-            experts.scaling, adapter.scaling
+            experts.scaling, strength.scaling
         ):
             raise AdapterError(
                 f"the model was loaded for adapters of scaling {experts.scaling:g} and "
-                f"rank {experts.lora_rank}, this one has {adapter.scaling:g} and "
-                f"{adapter.rank}; load it with LoRAConfig(rank, alpha) of the adapter"
+                f"rank {experts.lora_rank}, this one has {strength.scaling:g} and "
+                f"{strength.rank} in layer {index}; load it with the adapter's "
+                "lora_config()"
             )
         for name, array in _named(adapter.layers[index]):
             variable = getattr(experts, name)
@@ -64,7 +66,7 @@ def extract_adapter(model: Decoder, base_model: str | None = None) -> Adapter:
       AdapterError: the model has no adapters, or one is not finite.
     """
     layers: dict[int, LoRA] = {}
-    rank, scaling = 0, 1.0
+    strengths: dict[int, Strength] = {}
     for index, layer in model.moe_layers():
         experts: Any = layer.experts
         if experts.lora is None:
@@ -72,8 +74,9 @@ def extract_adapter(model: Decoder, base_model: str | None = None) -> Adapter:
                 "the model has no adapters; load it with a LoRA configuration"
             )
         layers[index] = LoRA(*map(np.asarray, experts.lora.arrays()))
-        rank, scaling = experts.lora_rank, experts.scaling
-    return Adapter(rank, scaling * rank, layers, base_model)
+        rank = experts.lora_rank
+        strengths[index] = Strength(rank, experts.scaling * rank)
+    return Adapter.of(strengths, layers, base_model)
 
 
 def _named(lora: LoRA) -> list[tuple[str, Any]]:

@@ -53,6 +53,7 @@ class KVCache:
         )
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """What every layer of one forward shares.
@@ -65,7 +66,7 @@ class Positions:
     """
 
     index: Array
-    rope: RopeConfig
+    rope: RopeConfig = dataclasses.field(metadata={"static": True})
     tables: tuple[Array, Array]
     mask: Array | None
 

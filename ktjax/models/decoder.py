@@ -20,7 +20,8 @@ from ktjax.models.attention import (
 )
 from ktjax.models.config import ModelConfig
 from ktjax.models.latent_attention import LatentAttention, MLAConfig
-from ktjax.nn import FrozenLinear, GatedMLP, MoELayer, Routing, load_balancing_loss
+from ktjax.models.remat import recomputed
+from ktjax.nn import FrozenLinear, GatedMLP, MoELayer, Routing
 from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
 from ktjax.nn.vocabulary import token_losses
@@ -108,6 +109,8 @@ class Decoder(nnx.Module):
     Attributes:
       config: its geometry.
       dtype: dtype of everything outside the experts.
+      remat: whether the backward pass computes each layer again from its input, which
+        is all that is kept of it (`jax.checkpoint`). Without a cache only.
       embed, layers, norm, head: its parts; head is None with tied embeddings.
     """
 
@@ -117,6 +120,7 @@ class Decoder(nnx.Module):
         make_experts: Callable[[int], Experts],
         *,
         dtype: Any = jnp.bfloat16,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         """Build the model with random dense weights.
@@ -125,10 +129,12 @@ class Decoder(nnx.Module):
           config: the geometry.
           make_experts: layer index -> the routed experts of that layer.
           dtype: dtype of everything outside the experts.
+          remat: see above.
           rngs: source of the initial values.
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.remat = remat
         self.embed = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -189,7 +195,8 @@ class Decoder(nnx.Module):
         layers: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            x, routing, layer_cache = layer(x, where, token_mask, layer_cache)
+            run = recomputed(layer) if self.remat and cache is None else layer
+            x, routing, layer_cache = run(x, where, token_mask, layer_cache)
             if routing is not None:
                 routings.append(routing)
             if layer_cache is not None:
@@ -210,7 +217,7 @@ class Decoder(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
-        return_aux: bool,
+        return_routings: bool,
     ) -> Any: ...
 
     @overload
@@ -228,19 +235,15 @@ class Decoder(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Array | None = None,
-        return_aux: bool = False,
+        return_routings: bool = False,
     ) -> Any:
         """Logits `[batch, sequence, vocab]`; see `forward` for the arguments.
 
-        With `return_aux`, the pair of the logits and the routers' load-balancing loss,
-        a float32 scalar (0 when no layer has experts).
+        With `return_routings`, the pair of the logits and `DecoderOutput.routings`.
         """
         output = self.forward(input_ids, positions=positions, segment_ids=segment_ids)
         logits = self.logits(output.hidden)
-        if not return_aux:
-            return logits
-        balance = load_balancing_loss(output.routings) if output.routings else 0.0
-        return logits, jnp.asarray(balance, jnp.float32)
+        return (logits, output.routings) if return_routings else logits
 
     def token_losses(
         self,

@@ -18,6 +18,7 @@ from flax import nnx
 from ktjax.models.attention import KVCache
 from ktjax.models.decoder import Decoder
 from ktjax.models.sampling import Sampler, select
+from ktjax.models.tokenizer import Tokenizer
 
 Array = Any
 
@@ -87,6 +88,12 @@ def generate_batch(
             if token >= 0:
                 answer.append(token)
     return answers
+
+
+def end_ids(model: Decoder, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer, by the model's and by the tokenizer's account."""
+    ends = set(model.config.eos_token_ids)
+    return sorted(ends if tokenizer.eos_id is None else ends | {tokenizer.eos_id})
 
 
 def _token_rows(

@@ -43,6 +43,7 @@ def from_pretrained(
     dtype: Any = jnp.bfloat16,
     lora: LoRAConfig | None = None,
     activation_policy: Literal["save", "recompute"] = "save",
+    remat: bool = False,
     rngs: nnx.Rngs | None = None,
 ) -> Decoder:
     """Load a language model from a Hugging Face directory.
@@ -72,6 +73,7 @@ def from_pretrained(
       dtype: dtype of everything outside the experts, bfloat16 or float32.
       lora: adapters on every layer's experts, or None.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
+      remat: whether the backward pass computes each layer again, as in `Decoder`.
       rngs: source of the adapters' initial values; `nnx.Rngs(0)` by default.
 
     Returns:
@@ -84,7 +86,8 @@ def from_pretrained(
       ConfigError: the model is of a kind that is not built.
       CheckpointError: a file is damaged.
       KeyError: a tensor is missing.
-      ValueError: a tensor has another shape than config.json says, or a bad argument.
+      ValueError: a tensor has another shape than config.json says, a pattern of `lora`
+        that fits no layer, or a bad argument.
     """
     if experts not in EXPERTS:
         raise ValueError(
@@ -116,11 +119,13 @@ def from_pretrained(
     checkpoint = Checkpoint(path)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     model: Decoder = nnx.eval_shape(
-        lambda: Decoder(config, lambda _: _Unloaded(), dtype=dtype, rngs=nnx.Rngs(0))
+        lambda: Decoder(
+            config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
+        )
     )
-    kwargs: dict[str, Any] = {"rngs": rngs}
+    layers = model.moe_layers()
     if lora is not None:
-        kwargs |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
+        lora.check_patterns(experts_name(index) for index, _ in layers)
     try:
         if dense != "xla":
             for at, owner, part in list(_projections(model)):
@@ -129,7 +134,12 @@ def from_pretrained(
         for name, variable, transpose in _dense_tensors(model):
             name = _name_in(checkpoint, config.model_type, name)
             _assign(checkpoint, name, variable, transpose)
-        for index, layer in _counted(model.moe_layers()):
+        for index, layer in _counted(layers):
+            kwargs: dict[str, Any] = {"rngs": rngs}
+            if lora is not None:
+                own = lora.of_module(experts_name(index))
+                # The module scales by alpha / rank, rsLoRA by something else.
+                kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
             weights = read_experts(checkpoint, index, config.num_experts)
             _check_experts(path, index, config, weights.shape)
             if experts == "reference":
@@ -152,6 +162,11 @@ def from_pretrained(
         model.close()
         raise
     return model
+
+
+def experts_name(layer_idx: int) -> str:
+    """The name of a layer's routed experts, for the patterns of a `LoRAConfig`."""
+    return f"layers.{layer_idx}.mlp.experts"
 
 
 def _counted(layers: Sequence[Any]) -> Iterator[Any]:

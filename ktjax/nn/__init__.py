@@ -11,6 +11,8 @@ from ktjax.nn.router import (
     RoutingRule,
     TopKRouter,
     load_balancing_loss,
+    load_shares,
+    routing_statistics,
 )
 from ktjax.nn.vocabulary import token_losses
 
@@ -27,5 +29,7 @@ __all__ = [
     "TopKRouter",
     "linear",
     "load_balancing_loss",
+    "load_shares",
+    "routing_statistics",
     "token_losses",
 ]

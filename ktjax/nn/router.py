@@ -122,6 +122,37 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Array:
     return load.shape[-1] * jnp.sum(load * probability)
 
 
+def routing_statistics(routings: Sequence[Routing]) -> dict[str, Array]:
+    """How even the load of the experts is: float32 scalars for a log.
+
+    No token is ever dropped: experts have no capacity here.
+
+    Args:
+      routings: one per layer, each from the same tokens; none give no statistics.
+
+    Returns:
+      `router_load_max`: the largest load of an expert, as a multiple of the even load;
+      1 to experts / k. `router_entropy`: the entropy of the load, as a share of that of
+      the even load, averaged over the layers; 0 to 1. Both 0 when no token is kept.
+    """
+    if not routings:
+        return {}
+    share = load_shares(routings)
+    experts = share.shape[-1]
+    logs = jnp.log(jnp.where(share > 0, share, 1.0))
+    entropy = -jnp.sum(share * logs, axis=-1) / jnp.log(float(max(experts, 2)))
+    return {
+        "router_load_max": jnp.max(share) * experts,
+        "router_entropy": jnp.mean(entropy),
+    }
+
+
+def load_shares(routings: Sequence[Routing]) -> Array:
+    """`[layers, experts]` float32: each expert's share of its layer's load."""
+    load = jnp.stack([routing.load for routing in routings])
+    return load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1e-20)
+
+
 class TopKRouter(nnx.Module):
     """Scores all experts in float32 and takes the k best, by a `RoutingRule`.
 

@@ -3,12 +3,23 @@
 from ktjax.train.adapters import read_run
 from ktjax.train.batching import Batch, Batcher, BatchStream, Position
 from ktjax.train.checkpoint import CheckpointError
-from ktjax.train.config import GenerateConfig, TrainConfig
-from ktjax.train.data import Chat, DataError, Example, read_chats, tokenize
+from ktjax.train.config import TrainConfig
+from ktjax.train.config_file import ConfigFileError, read_config_file
+from ktjax.train.data import (
+    Chat,
+    DataError,
+    Example,
+    read_chats,
+    split_chats,
+    tokenize,
+)
 from ktjax.train.loop import FitResult, TrainingError, fit
 from ktjax.train.loss import weigh
-from ktjax.train.run import TrainResult, run_generation, run_training
+from ktjax.train.metrics import MetricsError
+from ktjax.train.objective import SFT, Objective, dpo
+from ktjax.train.run import TrainResult, run_training
 from ktjax.train.step import (
+    Frozen,
     SplitModel,
     TrainState,
     init_state,
@@ -18,23 +29,30 @@ from ktjax.train.step import (
     make_train_step,
     split_model,
 )
+from ktjax.train.trainable import FrozenTargetError
 
 __all__ = [
+    "SFT",
     "Batch",
     "BatchStream",
     "Batcher",
     "Chat",
     "CheckpointError",
+    "ConfigFileError",
     "DataError",
     "Example",
     "FitResult",
-    "GenerateConfig",
+    "Frozen",
+    "FrozenTargetError",
+    "MetricsError",
+    "Objective",
     "Position",
     "SplitModel",
     "TrainConfig",
     "TrainResult",
     "TrainState",
     "TrainingError",
+    "dpo",
     "fit",
     "init_state",
     "make_eval_step",
@@ -42,9 +60,10 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "read_chats",
+    "read_config_file",
     "read_run",
-    "run_generation",
     "run_training",
+    "split_chats",
     "split_model",
     "tokenize",
     "weigh",

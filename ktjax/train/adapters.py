@@ -1,16 +1,20 @@
-"""The adapter that a training made, from its newest checkpoint."""
+"""The adapter that a training made, from its best or newest checkpoint."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ktjax.io.adapters import Adapter, AdapterError, read_adapter
+from ktjax.config import LoRAConfig
+from ktjax.io.adapters import Adapter, AdapterError, Strength, read_adapter
 from ktjax.io.safetensors import SafetensorsFile
 from ktjax.lora import LoRA
+from ktjax.models.loading import experts_name
 from ktjax.train import checkpoint
+from ktjax.train.loop import chosen_checkpoint
 
 # `nnx.LoRAParam`s of the experts, as checkpoints name the leaves of the tree.
 _NAME = re.compile(
@@ -23,22 +27,24 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     return bool(checkpoint.list_checkpoints(Path(path) / "checkpoints"))
 
 
-def newest_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The directory of the newest checkpoint of the training at `path`.
+def run_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that stands for the training at `path`.
+
+    It is the one with the best evaluation if the training looked for it (`patience`),
+    else the newest.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is none, or it cannot be read.
     """
-    saved = checkpoint.list_checkpoints(Path(path) / "checkpoints")
-    if not saved:
+    if not is_run(path):
         raise checkpoint.CheckpointError(
             f"{path} holds no checkpoint; give a training's output_dir"
         )
-    return saved[-1][1]
+    return chosen_checkpoint(Path(path) / "checkpoints")
 
 
 def read_run(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter in the newest checkpoint of the training at `path`.
+    """The adapter in `run_checkpoint(path)`.
 
     The base model is not needed. The arrays are views of the checkpoint's file.
 
@@ -47,9 +53,9 @@ def read_run(path: str | os.PathLike[str]) -> Adapter:
       AdapterError: it holds something else than adapters of experts, or an adapter
         that is not finite.
     """
-    newest = newest_checkpoint(path)
-    meta = checkpoint.read_meta(newest)
-    file = SafetensorsFile(newest / "lora.safetensors")
+    chosen = run_checkpoint(path)
+    meta = checkpoint.read_meta(chosen)
+    file = SafetensorsFile(chosen / "lora.safetensors")
     layers: dict[int, dict[str, Any]] = {}
     for name in file.entries:
         match = _NAME.fullmatch(name)
@@ -61,19 +67,34 @@ def read_run(path: str | os.PathLike[str]) -> Adapter:
             if name not in arrays:
                 raise AdapterError(f"{file.path}: {name} of layer {index} is missing")
     try:
-        config = meta["config"]
-        return Adapter(
-            config["lora_rank"],
-            config["lora_alpha"],
+        lora, model = lora_of(meta["config"]), meta["model"]
+        own = {index: lora.of_module(experts_name(index)) for index in layers}
+        return Adapter.of(
+            {index: Strength(c.rank, c.scaling * c.rank) for index, c in own.items()},
             {index: LoRA(**arrays) for index, arrays in sorted(layers.items())},
-            meta["model"],
+            model,
         )
     except KeyError as error:
         raise checkpoint.CheckpointError(
-            f"{newest}: its meta.json has no {error}"
+            f"{chosen}: its meta.json has no {error}"
         ) from None
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
+
+
+def lora_of(config: Mapping[str, Any]) -> LoRAConfig:
+    """The adapters' configuration, from the options in a checkpoint's meta.
+
+    Raises:
+      KeyError: an option is missing.
+    """
+    return LoRAConfig(
+        config["lora_rank"],
+        config["lora_alpha"],
+        # Younger than the first checkpoints.
+        config.get("rslora", False),
+        config.get("rank_pattern", {}),
+    )
 
 
 def read_run_or_adapter(path: str | os.PathLike[str]) -> Adapter:

@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     `input_ids` and `targets` (the token that follows, within the chat) are int32;
     `weights` float32 is 1 where the target is to be learnt, else 0; `positions` int32
     counts from 0 in every chat; `segment_ids` int32 numbers the chats of a row from 1,
-    and 0 is padding.
+    and 0 is padding. The two chats of a preference are neighbours, the chosen one
+    first.
     """
 
     input_ids: np.ndarray
@@ -92,15 +93,16 @@ class Batcher:
         batch = batch._replace(weights=np.zeros(shape, np.float32))
         for row, indices in enumerate(plan.rows):
             start = 0
-            for segment, index in enumerate(indices, start=1):
-                example = examples[index]
-                at = np.s_[row, start : start + _inputs(example)]
-                batch.input_ids[at] = example.ids[:-1]
-                batch.targets[at] = example.ids[1:]
-                batch.weights[at] = example.learn[1:]
-                batch.positions[at] = np.arange(_inputs(example))
+            parts = (part for index in indices for part in examples[index].parts)
+            for segment, part in enumerate(parts, start=1):
+                length = len(part) - 1
+                at = np.s_[row, start : start + length]
+                batch.input_ids[at] = part.ids[:-1]
+                batch.targets[at] = part.ids[1:]
+                batch.weights[at] = part.learn[1:]
+                batch.positions[at] = np.arange(length)
                 batch.segment_ids[at] = segment
-                start += _inputs(example)
+                start += length
         return batch
 
     def once(self, examples: Sequence[Example]) -> Iterator[Batch]:
@@ -170,5 +172,5 @@ class BatchStream:
 
 
 def _inputs(example: Example) -> int:
-    """Tokens that an example feeds to the model: its last token is only a target."""
-    return len(example) - 1
+    """Tokens that an example feeds to the model: a last token is only a target."""
+    return sum(len(part) - 1 for part in example.parts)

@@ -32,9 +32,18 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    root: Path, step: int, trees: dict[str, Any], meta: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    trees: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
+    *,
+    spare: int = 0,
 ) -> Path:
     """Write `root/step-<step>` and drop all but the newest `keep` checkpoints.
+
+    When the system refuses, for instance because the disk is full, what was written is
+    removed and the older checkpoints stay.
 
     Args:
       root: directory of the checkpoints; made when missing.
@@ -42,6 +51,7 @@ def save_checkpoint(
       trees: pytrees of arrays by file name; PRNG keys are allowed.
       meta: what JSON can hold.
       keep: at least 1.
+      spare: the step of a checkpoint that stays, however old it is.
 
     Returns:
       The checkpoint's directory.
@@ -52,10 +62,10 @@ def save_checkpoint(
     final = root / f"step-{step:08d}"
     if final.exists():
         raise CheckpointError(f"{final} exists already; continue it with resume")
+    temporary = root / f".writing-{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
-        temporary = root / f".writing-{final.name}"
         temporary.mkdir()
         for name, tree in trees.items():
             content = save(_flatten(tree))
@@ -65,11 +75,18 @@ def save_checkpoint(
         sync_directory(temporary)
         os.rename(temporary, final)
         sync_directory(root)
-        for _, old in list_checkpoints(root)[:-keep]:
-            _remove(old)
+        for number, old in list_checkpoints(root)[:-keep]:
+            if number != spare:
+                _remove(old)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {final}: {error}") from error
     return final
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """What a checkpoint calls the leaves of `tree`, in the order of its leaves."""
+    return [_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:

@@ -1,4 +1,4 @@
-"""The configurations of training and generation, validated when built."""
+"""The configuration of a training, validated when built."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ktjax import assets
+from ktjax.config import LoRAConfig
 from ktjax.models.loading import EXPERTS
 from ktjax.train.options import Option, check_fields
 
 DType = Literal["float32", "bfloat16"]
+
+# Options that do not decide the updates of a training. What the paths name does, and is
+# compared by its content.
+_FREE = frozenset(
+    {
+        *("model", "train_data", "eval_data", "output_dir", "init_adapter", "resume"),
+        *("targets", "activation_policy", "tensorboard"),
+        *("patience", "eval_every", "eval_batch", "answers", "answer_tokens"),
+        *("checkpoint_every", "keep_checkpoints"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +40,51 @@ class TrainConfig:
     train_data: Annotated[
         Path | None,
         Option(
-            "JSONL chats to learn: messages, or alpaca's instruction/input/output "
-            "(default: demo)"
+            "JSONL chats to learn: messages, prompt/completion, or alpaca's "
+            "instruction/input/output; for dpo prompt/chosen/rejected (default: demo)"
         ),
     ] = None
     eval_data: Annotated[
         Path | None,
         Option("JSONL chats to evaluate on (default: the demo's with the demo's data)"),
     ] = None
+    eval_split: Annotated[
+        float,
+        Option(
+            "share of the training chats that is set aside to evaluate on; "
+            "needs that there is no eval_data",
+            least=0,
+            most=0.9,
+        ),
+    ] = 0.0
     output_dir: Annotated[
         Path | None,
         Option(
-            "receives metrics.jsonl and checkpoints/ (default: the first free runs/N)"
+            "receives config.yaml, metrics.jsonl and checkpoints/ "
+            "(default: the first free runs/N)"
         ),
     ] = None
     resume: Annotated[
         bool, Option("continue from the newest checkpoint in the output directory")
     ] = False
+    init_adapter: Annotated[
+        Path | None,
+        Option(
+            "adapter to start from, in any format, or a training's output; "
+            "lora_rank and lora_alpha must be its own (default: zero)"
+        ),
+    ] = None
+    objective: Annotated[
+        Literal["sft", "dpo"],
+        Option(
+            "sft: the cross-entropy of the answers; dpo: chosen over rejected ones, "
+            "against the policy that the training starts from"
+        ),
+    ] = "sft"
+    dpo_beta: Annotated[
+        float,
+        Option("dpo: how much a change of log-probabilities weighs", above=0),
+    ] = 0.1
     experts: Annotated[
         str,
         Option(
@@ -68,12 +108,39 @@ class TrainConfig:
         Literal["save", "recompute"],
         Option("save the experts' activations, or recompute them in the backward pass"),
     ] = "save"
+    remat: Annotated[
+        bool,
+        Option(
+            "keep a layer's input only and compute the layer again in the backward "
+            "pass: less memory, more time"
+        ),
+    ] = False
     lora_rank: Annotated[
         int, Option("rank of the experts' adapters", least=1, most=256)
     ] = 16
     lora_alpha: Annotated[
         float, Option("the adapters are scaled by lora_alpha / lora_rank", above=0)
     ] = 32.0
+    rslora: Annotated[
+        bool, Option("scale the adapters by lora_alpha / sqrt(lora_rank) instead")
+    ] = False
+    rank_pattern: Annotated[
+        dict[str, int],
+        Option(
+            "ranks of layers, as {pattern: rank}; a regular expression for the end of "
+            "a name like layers.3.mlp.experts; the first that fits counts"
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    lora_dropout: Annotated[
+        float, Option("0: dropout of the adapters' input alone is not built", least=0)
+    ] = 0.0
+    targets: Annotated[
+        str,
+        Option(
+            "modules that must be trained, as comma-separated patterns like those of "
+            "rank_pattern; an error if one would stay frozen"
+        ),
+    ] = "experts"
     steps: Annotated[int, Option("optimizer steps in all", least=1)] = 240
     batch_size: Annotated[int, Option("rows of a micro-batch", least=1)] = 10
     accumulation: Annotated[
@@ -111,6 +178,13 @@ class TrainConfig:
     weight_decay: Annotated[
         float, Option("AdamW's decoupled weight decay", least=0)
     ] = 0.0
+    moment_dtype: Annotated[
+        DType,
+        Option(
+            "dtype of AdamW's first moment; the second stays float32, whose steps "
+            "of a thousandth bfloat16 would lose"
+        ),
+    ] = "float32"
     clip_norm: Annotated[
         float, Option("largest global norm of the gradient", above=0)
     ] = 1.0
@@ -121,6 +195,14 @@ class TrainConfig:
         int,
         Option("steps between evaluations of the loss; 0 = only at the end", least=0),
     ] = 80
+    patience: Annotated[
+        int,
+        Option(
+            "stop after so many evaluations in a row without a better loss, and use "
+            "the best checkpoint; 0 = never",
+            least=0,
+        ),
+    ] = 0
     eval_batch: Annotated[
         int, Option("rows of a batch when evaluating and generating", least=1)
     ] = 64
@@ -140,6 +222,9 @@ class TrainConfig:
     keep_checkpoints: Annotated[
         int, Option("how many of the newest checkpoints stay", least=1)
     ] = 2
+    tensorboard: Annotated[
+        bool, Option("write metrics for TensorBoard too, to tensorboard/")
+    ] = False
     seed: Annotated[
         int,
         Option(
@@ -151,6 +236,10 @@ class TrainConfig:
         check_fields(self)
         if self.model is not None and self.train_data is None:
             raise ValueError("TrainConfig.model needs train_data, what it shall learn")
+        if self.objective == "dpo" and self.train_data is None:
+            raise ValueError(
+                "TrainConfig.objective = dpo needs train_data, preferences to learn"
+            )
         if self.resume and self.output_dir is None:
             raise ValueError("TrainConfig.resume needs output_dir, the run to continue")
         if self.warmup_steps >= self.steps:
@@ -158,6 +247,34 @@ class TrainConfig:
                 f"TrainConfig.warmup_steps must be below steps ({self.steps}), "
                 f"got {self.warmup_steps}"
             )
+        try:
+            _ = self.lora
+        except ValueError as error:
+            raise ValueError(f"TrainConfig: {error}") from None
+        if self.eval_split and self.eval_data is not None:
+            raise ValueError(
+                "TrainConfig.eval_split cannot be given with eval_data: evaluate on "
+                "the one or the other"
+            )
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                "TrainConfig.patience needs eval_every, the steps between evaluations"
+            )
+        if self.patience and not self.eval_split and self.eval_path is None:
+            raise ValueError(
+                "TrainConfig.patience needs eval_data or eval_split, to evaluate on"
+            )
+
+    @property
+    def lora(self) -> LoRAConfig:
+        """Rank and strength of the adapters."""
+        return LoRAConfig(
+            self.lora_rank,
+            self.lora_alpha,
+            self.rslora,
+            self.rank_pattern,
+            dropout=self.lora_dropout,
+        )
 
     @property
     def model_path(self) -> Path:
@@ -172,77 +289,16 @@ class TrainConfig:
     @property
     def eval_path(self) -> Path | None:
         """The file to evaluate on: the given one, the demo's for the demo, or none."""
+        if self.eval_split:
+            return None
         if self.eval_data is None and self.train_data is None:
             return assets.demo_data("eval")
         return self.eval_data
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the updates; a resumed run must have the same."""
-        names = (
-            "experts group_size zero_point dtype lora_rank lora_alpha steps "
-            "batch_size accumulation "
-            "sequence_length batching bucket learning_rate warmup_steps final_rate "
-            "weight_decay clip_norm router_aux_weight seed"
-        )
-        return {name: getattr(self, name) for name in names.split()}
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """What to generate, and with which model; fields as in `TrainConfig`."""
-
-    prompt: Annotated[str, Option("the user's message")]
-    model: Annotated[
-        Path | None,
-        Option("Hugging Face directory (default: the adapter's, or else the demo's)"),
-    ] = None
-    run: Annotated[
-        Path | None,
-        Option("output directory of a training, to use its newest adapters"),
-    ] = None
-    adapter: Annotated[
-        Path | None, Option("directory of an adapter, in any format that is known")
-    ] = None
-    system: Annotated[str | None, Option("the system message")] = None
-    experts: Annotated[
-        str | None,
-        Option(
-            f"storage format of the expert weights: {', '.join(EXPERTS)} "
-            "(default: the run's, or else bf16)"
-        ),
-    ] = None
-    group_size: Annotated[
-        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
-    ] = None
-    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
-        False
-    )
-    compute: Annotated[
-        Literal["bf16", "int8"],
-        Option("int8: quantise activations too, for integer codes"),
-    ] = "bf16"
-    dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (
-        "float32"
-    )
-    max_new_tokens: Annotated[int, Option("most tokens to generate", least=1)] = 64
-    temperature: Annotated[
-        float, Option("of the sampling; 0 = always the most probable token", least=0)
-    ] = 0.0
-    top_k: Annotated[
-        int | None, Option("sample among the k most probable tokens", least=1)
-    ] = None
-    top_p: Annotated[
-        float | None,
-        Option("sample among tokens whose probabilities reach p", above=0, most=1),
-    ] = None
-    seed: Annotated[int, Option("decides the sampling", least=0)] = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.experts is None and (self.group_size is not None or self.zero_point):
-            raise ValueError(
-                "GenerateConfig.group_size and zero_point need experts, the format "
-                "that has them"
-            )
-        if self.run is not None and self.adapter is not None:
-            raise ValueError("GenerateConfig: give run or adapter, not both")
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _FREE
+        }

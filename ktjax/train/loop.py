@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +19,13 @@ from flax import nnx
 from ktjax.train import checkpoint
 from ktjax.train.batching import START, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
-from ktjax.train.data import Example, fingerprint
+from ktjax.train.data import Example, fingerprint, fingerprint_arrays
+from ktjax.train.evaluate import Best, Evaluator
+from ktjax.train.metrics import Log, MetricsError, MetricsLog, TensorBoardLog
+from ktjax.train.objective import objective_of
 from ktjax.train.step import (
-    SplitModel,
     TrainState,
     init_state,
-    make_eval_step,
     make_optimizer,
     make_train_step,
     split_model,
@@ -57,12 +56,15 @@ class FitResult:
     Attributes:
       step: optimizer steps done in all.
       interrupted: whether Ctrl-C ended it early.
+      stopped_early: whether evaluations without a better loss ended it.
       losses: the training loss of every step that this call did.
-      checkpoint: the newest checkpoint.
+      checkpoint: the one whose adapters the model has now: with `patience` the best,
+        else the newest.
     """
 
     step: int
     interrupted: bool
+    stopped_early: bool
     losses: list[float]
     checkpoint: Path
 
@@ -77,8 +79,13 @@ def fit(
 ) -> FitResult:
     """Train the `nnx.LoRAParam`s of `model` in place.
 
-    Ctrl-C finishes the step, saves, and returns; a second Ctrl-C raises
-    KeyboardInterrupt at once.
+    With the objective "dpo" the reference policy has the adapters that the model comes
+    with.
+
+    Ctrl-C finishes the step, saves, and returns; a second Ctrl-C, or one before the
+    first step, raises KeyboardInterrupt at once. With `config.patience`, evaluations
+    decide when to stop, and the model ends with the adapters that had the best
+    evaluation loss.
 
     Args:
       model: has `token_losses(input_ids, targets, positions=, segment_ids=)`, as
@@ -86,147 +93,189 @@ def fit(
       train: the examples to learn.
       evaluation: examples for the evaluation loss, may be empty.
       config: see `TrainConfig`.
-      output_dir: receives metrics.jsonl and checkpoints/.
+      output_dir: receives metrics.jsonl, checkpoints/, and tensorboard/ if asked.
       observer: is told of every step, evaluation and checkpoint.
 
     Raises:
-      TrainingError: the loss or the gradient is not finite (names the step), the
-        directory holds another run's checkpoints, or there is none to resume.
-      CheckpointError: a checkpoint does not fit, or cannot be written.
+      TrainingError: the loss or the gradient is not finite (names the step and the
+        tensor), metrics or a checkpoint cannot be written (names the last good one),
+        the directory holds another run's checkpoints, or there is none to resume.
+      CheckpointError: a checkpoint does not fit.
+      MetricsError: TensorBoard is asked for and not installed.
     """
-    split = split_model(model)
-    root, data = output_dir / "checkpoints", fingerprint(train)
-    state = init_state(split, make_optimizer(config))
-    start = START
+    objective = objective_of(config)
+    split = split_model(model, keep_reference=objective.needs_reference)
+    root = output_dir / "checkpoints"
+    data: dict[str, str | None] = {"data": fingerprint(train), "start": None}
+    if config.init_adapter is not None:
+        data["start"] = fingerprint_arrays(split.lora)
+    if config.patience:  # then evaluations decide when to stop
+        data["evaluation_data"] = fingerprint(evaluation)
+    at = _Point(init_state(split, make_optimizer(config)), START, Best())
     if config.resume:
-        state, start = _resume(root, state, config, data)
-    elif checkpoint.list_checkpoints(root):
-        raise TrainingError(
-            f"{output_dir} holds checkpoints of an earlier run; continue it with "
-            "resume, or choose another output directory"
-        )
+        at = _resume(root, at.state, config, data)
+    else:
+        refuse_old_run(output_dir)
+    state, best = at.state, at.best
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
-    stream = BatchStream(train, batcher, config.seed, start)
+    stream = BatchStream(train, batcher, config.seed, at.position)
     train_step = make_train_step(split.graph, config)
     evaluate = Evaluator(model, split, evaluation, config)
-    log = MetricsLog(output_dir / "metrics.jsonl", int(state.step))
     losses: list[float] = []
     step = saved = int(state.step)
 
     def save() -> None:
         nonlocal saved
         if step > saved:
-            observer.on_checkpoint(_save(root, state, stream.position, config, data))
+            now = _Point(state, stream.position, best)
+            observer.on_checkpoint(_save(root, now, config, data))
             saved = step
 
-    with _deferred_interrupt() as interrupted:
-        while step < config.steps and not interrupted.is_set():
+    def is_hopeless() -> bool:
+        return 0 < config.patience <= best.since
+
+    # The model's own adapters would be a second copy; it gets the trained ones back.
+    nnx.update(model, state.lora)
+    with (
+        _open_logs(config, output_dir, step) as log,
+        _deferred_interrupt() as interrupted,
+        _explained(root, lambda: step),
+    ):
+        while step < config.steps and not interrupted.is_set() and not is_hopeless():
             began = time.monotonic()
             batch = stream.next()
             state, raw = train_step(state, split.frozen, batch)
             metrics = {name: float(value) for name, value in raw.items()}
             step += 1
-            _check_finite(metrics, step, root)
+            _check_finite(metrics, int(metrics.pop("bad_gradient")), step, state, root)
             tokens = int(np.count_nonzero(batch.segment_ids))
             seconds = time.monotonic() - began
             line = {"step": step, **metrics, "tokens": tokens, "seconds": seconds}
-            log.write(line)
+            log(line)
             losses.append(metrics["loss"])
             observer.on_step(line)
             if evaluation and _due(step, config.eval_every, config.steps):
-                loss = evaluate(state)
-                log.write({"step": step, "eval_loss": loss})
-                observer.on_evaluation(step, loss)
-            if _due(step, config.checkpoint_every, config.steps):
+                evaluated = evaluate(state)
+                log({"step": step, **evaluated})
+                observer.on_evaluation(step, evaluated["eval_loss"])
+                if config.patience:
+                    best = best.after(evaluated["eval_loss"], step)
+            if _due(step, config.checkpoint_every, config.steps) or best.step == step:
                 save()
         save()
+    if step == 0:
+        raise KeyboardInterrupt  # before the first step: there is nothing to save
     nnx.update(model, state.lora, state.random)
-    _, newest = checkpoint.list_checkpoints(root)[-1]
-    return FitResult(step, step < config.steps, losses, newest)
+    used = chosen_checkpoint(root)
+    if best.step not in (0, step):
+        nnx.update(model, checkpoint.load_tree(used, "lora", state.lora))
+    early = step < config.steps and is_hopeless()
+    return FitResult(step, step < config.steps and not early, early, losses, used)
 
 
-class Evaluator:
-    """The mean loss of the evaluation examples under a state's adapters."""
+def refuse_old_run(output_dir: Path) -> None:
+    """See that a new run does not mix with one that `output_dir` holds.
 
-    def __init__(
-        self,
-        model: nnx.Module,
-        split: SplitModel,
-        examples: Sequence[Example],
-        config: TrainConfig,
-    ):
-        self._split = split
-        self._examples = examples
-        self._batcher = Batcher.from_config(config, config.eval_batch)
-        model.eval()
-        self._step = make_eval_step(nnx.graphdef(model))
-        model.train()
-
-    def __call__(self, state: TrainState) -> float:
-        """The mean loss over all learnt tokens."""
-        total = count = 0.0
-        for batch in self._batcher.once(self._examples):
-            loss, tokens = self._step(
-                state.lora, state.random, self._split.frozen, batch
-            )
-            total, count = total + float(loss), count + float(tokens)
-        return total / count
+    Raises:
+      TrainingError: there are checkpoints.
+    """
+    if checkpoint.list_checkpoints(output_dir / "checkpoints"):
+        raise TrainingError(
+            f"{output_dir} holds checkpoints of an earlier run; continue it with "
+            "resume, or choose another output directory"
+        )
 
 
-class MetricsLog:
-    """An append-only JSONL file; lines after the step that a run resumes at go."""
+def chosen_checkpoint(root: Path) -> Path:
+    """The checkpoint that a run's user wants: the best if it looked for it.
 
-    def __init__(self, path: Path, step: int):
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        kept = [
-            line for line in path.read_text().splitlines() if _step_of(line) <= step
-        ]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+    Args:
+      root: directory with at least one checkpoint.
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    Raises:
+      CheckpointError: the newest checkpoint cannot be read.
+    """
+    saved = checkpoint.list_checkpoints(root)
+    _, newest = saved[-1]
+    best = Best.from_json(checkpoint.read_meta(newest).get("best"))
+    return dict(saved).get(best.step, newest)
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for one that a kill cut short."""
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """Where a run is: what a checkpoint must bring back."""
+
+    state: TrainState
+    position: Position
+    best: Best
+
+
+@contextmanager
+def _open_logs(
+    config: TrainConfig, output_dir: Path, step: int
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes a line of metrics to everywhere they go."""
+    logs: list[Log] = [MetricsLog(output_dir / "metrics.jsonl", step)]
+    if config.tensorboard:
+        logs.append(TensorBoardLog(output_dir / "tensorboard", step))
+
+    def write(line: Mapping[str, Any]) -> None:
+        for log in logs:
+            log.write(line)
+
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
+        yield write
+    finally:
+        for log in logs:
+            log.close()
+
+
+@contextmanager
+def _explained(root: Path, step: Callable[[], int]) -> Iterator[None]:
+    """Files that cannot be written become a TrainingError that says what is safe."""
+    try:
+        yield
+    except (MetricsError, checkpoint.CheckpointError) as error:
+        raise TrainingError(
+            f"step {step()}: {error}; {_rescue(root)}; make room and go on with resume"
+        ) from error
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _check_finite(metrics: dict[str, float], step: int, root: Path) -> None:
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-    if not bad:
+def _check_finite(
+    metrics: Mapping[str, float],
+    bad_gradient: int,
+    step: int,
+    state: TrainState,
+    root: Path,
+) -> None:
+    """Stop at a loss or a gradient that is not finite, and name it."""
+    if not math.isfinite(metrics["loss"]):
+        what = f"loss is {metrics['loss']}"
+    elif bad_gradient >= 0:
+        name = checkpoint.leaf_names(state.lora)[bad_gradient].removesuffix(".value")
+        what = f"the gradient of {name} is not finite"
+    elif not math.isfinite(metrics["grad_norm"]):
+        what = f"grad_norm is {metrics['grad_norm']}, though no tensor's is"
+    else:
         return
-    saved = checkpoint.list_checkpoints(root)
-    rescue = (
-        f"the last good checkpoint is {saved[-1][1]}" if saved else "nothing is saved"
-    )
     raise TrainingError(
-        f"step {step}: {bad[0]} is {metrics[bad[0]]}; lower learning_rate or clip_norm "
-        f"({rescue})"
+        f"step {step}: {what}; lower learning_rate or clip_norm ({_rescue(root)})"
     )
+
+
+def _rescue(root: Path) -> str:
+    saved = checkpoint.list_checkpoints(root)
+    return f"the last good checkpoint is {saved[-1][1]}" if saved else "none is saved"
 
 
 def _save(
-    root: Path,
-    state: TrainState,
-    position: Position,
-    config: TrainConfig,
-    data: str,
+    root: Path, point: _Point, config: TrainConfig, data: Mapping[str, str | None]
 ) -> Path:
+    state, best = point.state, point.best
     trees = {
         "lora": state.lora,
         "random": state.random,
@@ -234,28 +283,32 @@ def _save(
     }
     meta = {
         "model": str(config.model_path.resolve()),
-        "position": position._asdict(),
-        "data": data,
+        "position": point.position._asdict(),
+        **data,
+        "best": best.to_json(),
         "config": config.trajectory(),
     }
-    step = int(state.step)
-    return checkpoint.save_checkpoint(root, step, trees, meta, config.keep_checkpoints)
+    return checkpoint.save_checkpoint(
+        root, int(state.step), trees, meta, config.keep_checkpoints, spare=best.step
+    )
 
 
 def _resume(
-    root: Path, state: TrainState, config: TrainConfig, data: str
-) -> tuple[TrainState, Position]:
+    root: Path, state: TrainState, config: TrainConfig, data: Mapping[str, str | None]
+) -> _Point:
     saved = checkpoint.list_checkpoints(root)
     if not saved:
         raise TrainingError(f"nothing to resume: there is no checkpoint in {root}")
     step, path = saved[-1]
     meta = checkpoint.read_meta(path)
-    now = {**config.trajectory(), "data": data}
-    then = {**meta["config"], "data": meta["data"]}
+    now = {**config.trajectory(), **data}
+    # An option that is younger than the checkpoint had its default then.
+    then = {**TrainConfig().trajectory(), **meta["config"]}
+    then |= {name: meta.get(name) for name in data}
     for name, value in now.items():
-        if then.get(name) != value:
+        if then[name] != value:
             raise TrainingError(
-                f"cannot resume {path}: it was made with {name} = {then.get(name)}, "
+                f"cannot resume {path}: it was made with {name} = {then[name]}, "
                 f"now it is {value}"
             )
     state = TrainState(
@@ -264,7 +317,8 @@ def _resume(
         checkpoint.load_tree(path, "optimizer", state.optimizer),
         jax.numpy.asarray(step, jax.numpy.int32),
     )
-    return state, Position(**meta["position"])
+    best = Best.from_json(meta.get("best"))
+    return _Point(state, Position(**meta["position"]), best)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Field(typing.NamedTuple):
 
     Attributes:
       name: the field's name.
-      kind: its type; `str` for a `Literal`.
+      kind: its type; `str` for a `Literal`, `dict` for a mapping.
       optional: whether it may be None.
       choices: the values of a `Literal`, or None.
       option: its meaning and limits.
@@ -64,17 +65,17 @@ def fields_of(config: type) -> list[Field]:
 
 
 def _take_apart(hint: Any) -> tuple[type, bool, tuple[str, ...] | None]:
-    """(type, optional, choices) of `T`, `T | None`, or `Literal["a", "b"]`."""
+    """(type, optional, choices) of `T`, `T | None`, `Literal[...]` or `dict[...]`."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return str, False, arguments
+    if typing.get_origin(hint) is dict:
+        return dict, False, None
     return (arguments[0], True, None) if arguments else (hint, False, None)
 
 
 def check_fields(config: Any) -> None:
     """Convert and check the fields of a frozen dataclass, from its `__post_init__`.
-
-    Paths may come as strings and floats as integers.
 
     Raises:
       ValueError: names the field, what was expected, and the value.
@@ -82,11 +83,33 @@ def check_fields(config: Any) -> None:
     owner = type(config).__name__
     for field in fields_of(type(config)):
         value = getattr(config, field.name)
-        if value is None and field.optional:
-            continue
-        value = _convert(f"{owner}.{field.name}", field.kind, value)
+        value = check_value(field, value, f"{owner}.{field.name}")
         object.__setattr__(config, field.name, value)
-        _check_limits(f"{owner}.{field.name}", value, field)
+
+
+def check_value(field: Field, value: Any, name: str) -> Any:
+    """`value` as the type of `field`; paths may come as strings, floats as integers.
+
+    Args:
+      field: whose type and limits count.
+      value: what was given.
+      name: how errors call it.
+
+    Raises:
+      ValueError: names the field, what was expected, and the value.
+    """
+    if value is None and field.optional:
+        return None
+    value = _convert(name, field.kind, value)
+    _check_limits(name, value, field)
+    return value
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not among `known`: the nearest, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _convert(name: str, kind: type, value: Any) -> Any:

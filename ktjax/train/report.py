@@ -68,6 +68,14 @@ class ProgressReport:
         self._progress.console.print(f"saved {path}", highlight=False, soft_wrap=True)
 
 
+def bytes_text(size: int) -> str:
+    """1536 as "1.5 KiB"."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{size} B"
+
+
 def match_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
     """Exact match per group, before and after."""
     table = Table(title="exact match on the evaluation set")

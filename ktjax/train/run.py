@@ -1,33 +1,38 @@
-"""A whole training or generation, from a configuration to what the user sees."""
+"""A whole training, from a configuration to what the user sees."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from rich.console import Console
 
-from ktjax.config import LoRAConfig
-from ktjax.io.adapters import Adapter, AdapterError, read_adapter, write_adapter
+from ktjax.io.adapters import AdapterError, write_adapter
 from ktjax.models import (
     Decoder,
     Tokenizer,
     apply_adapter,
+    end_ids,
     from_pretrained,
-    generate,
     generate_batch,
 )
-from ktjax.train import checkpoint
-from ktjax.train.adapters import newest_checkpoint, read_run
+from ktjax.train.adapters import read_run, read_run_or_adapter
 from ktjax.train.answers import Answer, answer_chats
-from ktjax.train.config import GenerateConfig, TrainConfig
-from ktjax.train.data import Chat, read_chats, tokenize
-from ktjax.train.loop import FitResult, fit
+from ktjax.train.config import TrainConfig
+from ktjax.train.config_file import write_config_file
+from ktjax.train.curve import draw_curve, sparkline
+from ktjax.train.data import Chat, read_chats, split_chats, tokenize
+from ktjax.train.loop import FitResult, fit, refuse_old_run
+from ktjax.train.metrics import read_metrics
 from ktjax.train.report import ProgressReport, match_table, sample_table
+from ktjax.train.trainable import check_targets, parts_of, parts_table
+
+CONFIG_NAME = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,8 @@ class TrainResult:
     """What a training did.
 
     Attributes:
-      output_dir: where metrics.jsonl and checkpoints/ are; of the demo, adapter/ too.
+      output_dir: where config.yaml, metrics.jsonl and checkpoints/ are; of the demo,
+        adapter/ too.
       fit: how the loop ended.
       before: answers of the base model.
       after: answers of the trained one; empty when interrupted.
@@ -55,31 +61,48 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
       ValueError, FileNotFoundError: each says what is wrong and where.
     """
     output_dir = config.output_dir or _free_directory(Path("runs"))
+    if not config.resume:
+        refuse_old_run(output_dir)
     tokenizer = Tokenizer(config.model_path)
-    chats = read_chats(config.train_path)
-    questions = [] if config.eval_path is None else read_chats(config.eval_path)
+    read = functools.partial(read_chats, preferences=config.objective == "dpo")
+    chats = read(config.train_path)
+    questions = [] if config.eval_path is None else read(config.eval_path)
+    if config.eval_split:
+        chats, questions = split_chats(chats, config.eval_split, config.seed)
     train = tokenize(chats, tokenizer, config.sequence_length)
     evaluation = tokenize(questions, tokenizer, config.sequence_length)
     model = _load(config, nnx.Rngs(config.seed))
     try:
+        check_targets(model, config.targets)
+        if config.init_adapter is not None:
+            _start_from(model, config)
+        if not (output_dir / CONFIG_NAME).exists() or not config.resume:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            settings = dataclasses.replace(config, output_dir=output_dir)
+            write_config_file(output_dir / CONFIG_NAME, settings)
         _describe(config, model, len(chats), len(questions), output_dir, console)
 
         def answer() -> list[Answer]:
             with console.status("answering the evaluation chats"):
                 return _answer(model, tokenizer, questions, config)
 
-        # The adapters start at zero, so before the training this is the base model.
+        # Adapters that start at zero are the base model.
         before = answer()
         with ProgressReport(console, config.steps) as report:
             result = fit(model, train, evaluation, config, output_dir, report)
         if result.interrupted:
             console.print(
-                f"interrupted after step {result.step}, saved {result.checkpoint}; "
-                "continue with the same options and: "
-                f"--resume --output-dir {output_dir}",
+                f"interrupted after step {result.step}, saved; continue with: "
+                f"ktjax train {output_dir / CONFIG_NAME} --resume",
                 soft_wrap=True,
             )
             return TrainResult(output_dir, result, before, [])
+        _show_curve(output_dir, console)
+        if config.patience:
+            early = f"stopped early, after step {result.step}; " * result.stopped_early
+            _say(
+                console, f"{early}best evaluation: {result.checkpoint}, used from here"
+            )
         after = answer()
     finally:
         model.close()
@@ -91,61 +114,9 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
         exported = output_dir / "adapter"
         adapter = read_run(output_dir)
         write_adapter(exported, adapter, model.config.model_type, replace=True)
-        console.print(
-            f"the adapter in PEFT's format: {exported}", highlight=False, soft_wrap=True
-        )
-    console.print(
-        f'try it: ktjax generate --run {output_dir} "your prompt"',
-        highlight=False,
-        soft_wrap=True,
-    )
+        _say(console, f"the adapter in PEFT's format: {exported}")
+    _say(console, f'try it: ktjax generate --run {output_dir} "your prompt"')
     return TrainResult(output_dir, result, before, after)
-
-
-def run_generation(config: GenerateConfig, console: Console) -> None:
-    """Answer one prompt on `console`, token by token.
-
-    Raises:
-      AdapterError, CheckpointError, ConfigError, TokenizerError, ValueError,
-      FileNotFoundError: each says what is wrong and where.
-    """
-    adapter, lora = _adapter(config), None
-    path = config.model or TrainConfig().model_path
-    # Adapters belong to the very weights that they were trained on.
-    base: dict[str, Any] = {"experts": "bf16", "group_size": None, "zero_point": False}
-    if config.run is not None:
-        trained = checkpoint.read_meta(newest_checkpoint(config.run))["config"]
-        base |= {name: trained.get(name, value) for name, value in base.items()}
-    if adapter is not None:
-        lora = LoRAConfig(adapter.rank, adapter.alpha)
-        path = config.model or _base_model(adapter)
-    tokenizer = Tokenizer(path)
-    if config.experts is not None:
-        base = {name: getattr(config, name) for name in base}
-    model = from_pretrained(
-        path, **base, compute=config.compute, dtype=config.dtype, lora=lora
-    )
-    try:
-        if adapter is not None:
-            apply_adapter(model, adapter)
-        messages = [{"role": "user", "content": config.prompt}]
-        if config.system is not None:
-            messages.insert(0, {"role": "system", "content": config.system})
-        tokens = generate(
-            model,
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True),
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            key=jax.random.key(config.seed),
-            eos_ids=_end_ids(model, tokenizer),
-        )
-        for piece in tokenizer.decode_stream(tokens):
-            console.out(piece, end="", highlight=False)
-        console.out("")
-    finally:
-        model.close()
 
 
 def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
@@ -155,10 +126,34 @@ def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
         group_size=config.group_size,
         zero_point=config.zero_point,
         dtype=config.dtype,
-        lora=LoRAConfig(config.lora_rank, config.lora_alpha),
+        lora=config.lora,
         activation_policy=config.activation_policy,
+        remat=config.remat,
         rngs=rngs,
     )
+
+
+def _start_from(model: Decoder, config: TrainConfig) -> None:
+    """Give `model` the adapters in `config.init_adapter`.
+
+    Raises:
+      AdapterError: they do not fit the model, or the options.
+    """
+    assert config.init_adapter is not None
+    adapter = read_run_or_adapter(config.init_adapter)
+    for index, layer in model.moe_layers():
+        experts: Any = layer.experts
+        wanted = adapter.strength(index)
+        if experts.lora_rank != wanted.rank or not math.isclose(
+            experts.scaling, wanted.scaling
+        ):
+            raise AdapterError(
+                f"{config.init_adapter} has rank {wanted.rank} and scaling "
+                f"{wanted.scaling:g} in layer {index}, the options say "
+                f"{experts.lora_rank} and {experts.scaling:g}; give its lora_rank and "
+                "lora_alpha (= scaling * rank, or rslora)"
+            )
+    apply_adapter(model, adapter)
 
 
 def _answer(
@@ -172,19 +167,13 @@ def _answer(
             tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
             for prompt in prompts
         ]
-        ends = _end_ids(model, tokenizer)
+        ends = end_ids(model, tokenizer)
         answers = generate_batch(model, ids, config.answer_tokens, eos_ids=ends)
         return [tokenizer.decode(tokens) for tokens in answers]
 
     answers = answer_chats(chats[: config.answers], answer, config.eval_batch)
     model.train()
     return answers
-
-
-def _end_ids(model: Decoder, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer, by the model's and by the tokenizer's account."""
-    ends = set(model.config.eos_token_ids)
-    return sorted(ends if tokenizer.eos_id is None else ends | {tokenizer.eos_id})
 
 
 def _describe(
@@ -195,14 +184,18 @@ def _describe(
     output_dir: Path,
     console: Console,
 ) -> None:
-    adapters: Any = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
-    trained = sum(leaf.size for leaf in adapters)
     geometry = model.config
+    ranks = sorted({c.lora_rank for c in _experts(model)}, reverse=True)
     console.print(
         f"model   {config.model_path}\n"
         f"        {geometry.num_hidden_layers} layers, {geometry.num_experts} experts, "
-        f"{geometry.num_experts_per_tok} per token; LoRA of rank {config.lora_rank} on "
-        f"the experts: {trained:,} trained parameters\n"
+        f"{geometry.num_experts_per_tok} per token; LoRA of rank "
+        f"{', '.join(map(str, ranks))} on the experts",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(parts_table(parts_of(model)), highlight=False)
+    console.print(
         f"data    {config.train_path} ({chats:,} chats), "
         f"{questions:,} evaluation chats\n"
         f"output  {output_dir}",
@@ -211,20 +204,23 @@ def _describe(
     )
 
 
-def _adapter(config: GenerateConfig) -> Adapter | None:
-    if config.run is not None:
-        return read_run(config.run)
-    return None if config.adapter is None else read_adapter(config.adapter)
+def _experts(model: Decoder) -> list[Any]:
+    return [layer.experts for _, layer in model.moe_layers()]
 
 
-def _base_model(adapter: Adapter) -> Path:
-    path = Path(adapter.base_model or "")
-    if not adapter.base_model or not path.is_dir():
-        raise AdapterError(
-            f"the adapter's base model {adapter.base_model!r} is no directory here; "
-            "name the model's directory with --model"
-        )
-    return path
+def _show_curve(output_dir: Path, console: Console) -> None:
+    """The losses as a picture, and in a line of text."""
+    metrics, picture = output_dir / "metrics.jsonl", output_dir / "loss.png"
+    losses = [loss for _, loss in read_metrics(metrics, "loss")]
+    drawn = draw_curve(metrics, picture)
+    where = f"  {picture}" if drawn else "  (pip install 'ktjax[plot]' for a picture)"
+    _say(
+        console, f"loss    {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}{where}"
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _free_directory(parent: Path) -> Path:

@@ -4,19 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ktjax.nn import Routing, load_balancing_loss
+from ktjax.nn import Routing, load_balancing_loss, load_shares, routing_statistics
 from ktjax.train.batching import Batch
 from ktjax.train.config import TrainConfig
-from ktjax.train.loss import weigh
+from ktjax.train.objective import SFT, Objective, objective_of
 
 Metrics = dict[str, jax.Array]
+
+# In which order XLA:CPU computes: by default so that much can run at once, which holds
+# up to twice as much memory at a time as the order that frees most.
+_LESS_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to.
+
+    Attributes:
+      loss: float32 scalar, the mean over what the whole batch holds to learn.
+      extras: other means of the objective, by name.
+      router_aux: float32 scalar, the mean of the load-balancing losses.
+      routings: one per layer with experts, the means over the micro-batches.
+    """
+
+    loss: jax.Array
+    extras: Metrics
+    router_aux: jax.Array
+    routings: tuple[Routing, ...]
+
+
+class EvalSums(NamedTuple):
+    """What evaluation tells of a batch.
+
+    Attributes:
+      loss: float32 scalar, the sum of the objective.
+      extras: other sums of the objective, by name.
+      parts: float32 scalar, over how many they are.
+      load: `[layers, experts]` float32, as `ktjax.nn.load_shares`; None when no layer
+        has experts.
+    """
+
+    loss: jax.Array
+    extras: Metrics
+    parts: jax.Array
+    load: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +74,18 @@ class TrainState:
     step: jax.Array
 
 
+class Frozen(NamedTuple):
+    """What a step reads and never changes.
+
+    Attributes:
+      base: all of the model but its adapters and its random state.
+      reference: adapters of the reference policy over the same base, or None.
+    """
+
+    base: nnx.State
+    reference: nnx.State | None
+
+
 @dataclasses.dataclass(frozen=True)
 class SplitModel:
     """A model in parts: static graph, changing lora and random, constant frozen."""
@@ -44,11 +93,16 @@ class SplitModel:
     graph: nnx.GraphDef
     lora: nnx.State
     random: nnx.State
-    frozen: nnx.State
+    frozen: Frozen
 
 
-def split_model(model: nnx.Module) -> SplitModel:
+def split_model(model: nnx.Module, *, keep_reference: bool = False) -> SplitModel:
     """Take `model` apart.
+
+    Args:
+      model: the model, with adapters.
+      keep_reference: whether its present adapters become the reference policy, for
+        `Objective.needs_reference`. Of the base weights there is one copy all the same.
 
     Raises:
       ValueError: the model has no `nnx.LoRAParam`, so nothing could be trained.
@@ -59,7 +113,8 @@ def split_model(model: nnx.Module) -> SplitModel:
         raise ValueError(
             "train: the model has no nnx.LoRAParam; load it with a LoRA configuration"
         )
-    return SplitModel(graph, lora, random, frozen)
+    reference = jax.tree.map(lambda leaf: leaf, lora) if keep_reference else None
+    return SplitModel(graph, lora, random, Frozen(frozen, reference))
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -78,7 +133,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW under the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(make_schedule(config), weight_decay=config.weight_decay),
+        optax.adamw(
+            make_schedule(config),
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
+        ),
     )
 
 
@@ -92,77 +151,99 @@ def init_state(
 
 def make_train_step(
     graph: nnx.GraphDef, config: TrainConfig
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; it donates the state.
 
     The batch's rows are cut into `config.accumulation` micro-batches, which a scan runs
-    one after the other. Each adds its sum of losses, divided by the learnt tokens of
-    the whole batch, so the gradient is that of the whole batch however the tokens are
-    spread.
+    one after the other. Each adds its sum of losses, divided by what the whole batch
+    holds to learn, so the gradient is that of the whole batch however that is spread.
 
     Returns:
-      `step(state, frozen, batch) -> (state, metrics)`; metrics are float32 scalars:
-      loss (mean over learnt tokens), router_aux, grad_norm (before clipping) and
-      learning_rate.
+      `step(state, frozen, batch) -> (state, metrics)`; metrics are scalars: loss (the
+      mean over learnt tokens, or what else the objective says), the objective's extras,
+      router_aux, what `ktjax.nn.routing_statistics` tells, grad_norm (before clipping),
+      learning_rate, and bad_gradient: the first leaf of the gradient, in the order of
+      `jax.tree.leaves(state.lora)`, with a norm that is not finite, or -1.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    count = config.accumulation
+    objective, count = objective_of(config), config.accumulation
 
     def loss_fn(
-        lora: nnx.State, random: nnx.State, frozen: nnx.State, batch: Batch, total: Any
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, nnx.State]]:
-        model = nnx.merge(graph, lora, random, frozen, copy=True)
+        lora: nnx.State, random: nnx.State, frozen: Frozen, batch: Batch, total: Any
+    ) -> tuple[jax.Array, tuple[Sums, nnx.State]]:
+        model = nnx.merge(graph, lora, random, frozen.base, copy=True)
         losses, routings = _token_losses(model, batch)
-        loss = jnp.sum(weigh(losses, batch.weights)) / total
+        reference = _reference_losses(graph, random, frozen, batch)
+        loss, extras = objective.total(losses, reference, batch)
         balance = load_balancing_loss(routings) if routings else jnp.zeros(())
-        aux = balance / count
-        objective = loss + config.router_aux_weight * aux
-        return objective, (loss, aux, nnx.state(model, nnx.RngState))
+        sums = Sums(
+            loss / total,
+            {name: value / total for name, value in extras.items()},
+            balance / count,
+            jax.tree.map(lambda mean: mean / count, routings),
+        )
+        wanted = sums.loss + config.router_aux_weight * sums.router_aux
+        return wanted, (sums, nnx.state(model, nnx.RngState))
 
     def step(
-        state: TrainState, frozen: nnx.State, batch: Batch
+        state: TrainState, frozen: Frozen, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        total = jnp.maximum(objective.count(batch), 1.0)
         micro_batches = jax.tree.map(
             lambda array: array.reshape(count, -1, *array.shape[1:]), batch
         )
 
-        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            grads, loss, aux, random = carry
-            (_, (more_loss, more_aux, random)), more_grads = jax.value_and_grad(
-                loss_fn, has_aux=True
-            )(state.lora, random, frozen, micro, total)
-            grads = jax.tree.map(jnp.add, grads, more_grads)
-            return (grads, loss + more_loss, aux + more_aux, random), None
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, Sums]:
+            grads, random = carry
+            (_, (sums, random)), more = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.lora, random, frozen, micro, total
+            )
+            return (jax.tree.map(jnp.add, grads, more), random), sums
 
-        zero = jnp.zeros(())
-        start = (jax.tree.map(jnp.zeros_like, state.lora), zero, zero, state.random)
-        (grads, loss, aux, random), _ = jax.lax.scan(accumulate, start, micro_batches)
+        start = (jax.tree.map(jnp.zeros_like, state.lora), state.random)
+        (grads, random), parts = jax.lax.scan(accumulate, start, micro_batches)
+        sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.lora)
         lora = optax.apply_updates(state.lora, updates)
+        squares = jnp.stack(
+            [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+        )
+        bad = ~jnp.isfinite(squares)
         metrics = {
-            "loss": loss,
-            "router_aux": aux,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": sums.loss,
+            **sums.extras,
+            "router_aux": sums.router_aux,
+            **routing_statistics(sums.routings),
+            "grad_norm": jnp.sqrt(jnp.sum(squares)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "bad_gradient": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
         }
         return TrainState(lora, random, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        compiler_options=_LESS_MEMORY if config.remat else None,
+    )
 
 
 def make_eval_step(
-    graph: nnx.GraphDef,
-) -> Callable[[nnx.State, nnx.State, nnx.State, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted `(lora, random, frozen, batch) -> (sum of losses, learnt tokens)`."""
+    graph: nnx.GraphDef, objective: Objective = SFT
+) -> Callable[[nnx.State, nnx.State, Frozen, Batch], EvalSums]:
+    """The jitted `(lora, random, frozen, batch) -> EvalSums`."""
 
     @jax.jit
     def step(
-        lora: nnx.State, random: nnx.State, frozen: nnx.State, batch: Batch
-    ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, lora, random, frozen)
-        losses, _ = _token_losses(model, batch)
-        return jnp.sum(weigh(losses, batch.weights)), jnp.sum(batch.weights)
+        lora: nnx.State, random: nnx.State, frozen: Frozen, batch: Batch
+    ) -> EvalSums:
+        model = nnx.merge(graph, lora, random, frozen.base)
+        losses, routings = _token_losses(model, batch)
+        reference = _reference_losses(graph, random, frozen, batch)
+        return EvalSums(
+            *objective.total(losses, reference, batch),
+            objective.count(batch),
+            load_shares(routings) if routings else None,
+        )
 
     return step
 
@@ -175,3 +256,14 @@ def _token_losses(model: Any, batch: Batch) -> tuple[jax.Array, tuple[Routing, .
         positions=batch.positions,
         segment_ids=batch.segment_ids,
     )
+
+
+def _reference_losses(
+    graph: nnx.GraphDef, random: nnx.State, frozen: Frozen, batch: Batch
+) -> jax.Array | None:
+    """The tokens' losses under the reference policy: its adapters, the same base."""
+    if frozen.reference is None:
+        return None
+    model = nnx.merge(graph, frozen.reference, random, frozen.base, copy=True)
+    model.eval()
+    return jax.lax.stop_gradient(_token_losses(model, batch)[0])

@@ -1,6 +1,6 @@
 """LoRA adapters of routed experts, from and to the formats of PEFT and others."""
 
-from ktjax.io.adapters.adapter import Adapter, AdapterError, ranges
+from ktjax.io.adapters.adapter import Adapter, AdapterError, Strength, ranges
 from ktjax.io.adapters.files import (
     AdapterInfo,
     inspect_adapter,
@@ -13,6 +13,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterInfo",
+    "Strength",
     "inspect_adapter",
     "is_adapter",
     "ranges",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from ktjax.config import LoRAConfig
 from ktjax.io.header import CheckpointError
 from ktjax.lora import LoRA
 
@@ -17,6 +19,22 @@ Array = np.ndarray[Any, Any]
 
 class AdapterError(CheckpointError):
     """An adapter that cannot be read or written; names the file and the fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """Rank and alpha of an adapter: its output is scaled by alpha / rank.
+
+    rsLoRA's alpha / √rank is (alpha √rank) / rank.
+    """
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's output is multiplied with."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Adapter:
       layers: layer index -> the six NumPy arrays, all of one dtype, float32 or
         bfloat16.
       base_model: where the base model is, a directory or a name, or None.
+      strengths: layer index -> rank and alpha, for layers that have others.
 
     Raises:
       AdapterError: no layers, an alpha that is not positive, a wrong shape or dtype, or
@@ -39,10 +58,12 @@ class Adapter:
     alpha: float
     layers: Mapping[int, LoRA]
     base_model: str | None = None
+    strengths: Mapping[int, Strength] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise AdapterError(f"alpha must be positive, got {self.alpha}")
+        for alpha in (self.alpha, *(s.alpha for s in self.strengths.values())):
+            if not 0 < alpha < math.inf:
+                raise AdapterError(f"alpha must be positive, got {alpha}")
         if not self.layers:
             raise AdapterError("it has no layers")
         dtypes = set()
@@ -51,10 +72,10 @@ class Adapter:
                 lora.validate(None, lora.gate_a.shape[-1], None)
             except (TypeError, ValueError) as error:
                 raise AdapterError(f"layer {index}: {error}") from None
-            if lora.gate_a.shape[1] != self.rank:
+            rank = self.strength(index).rank
+            if lora.gate_a.shape[1] != rank:
                 raise AdapterError(
-                    f"layer {index} has rank {lora.gate_a.shape[1]}, "
-                    f"expected {self.rank}"
+                    f"layer {index} has rank {lora.gate_a.shape[1]}, expected {rank}"
                 )
             for name, array in zip(lora.NAMES, lora.arrays(), strict=True):
                 dtypes.add(array.dtype)
@@ -68,9 +89,42 @@ class Adapter:
                 ", expected one"
             )
 
+    @classmethod
+    def of(
+        cls,
+        strengths: Mapping[int, Strength],
+        layers: Mapping[int, LoRA],
+        base_model: str | None = None,
+    ) -> Adapter:
+        """An adapter from the strength of each layer; the most common one is its own.
+
+        Raises:
+          AdapterError: as the constructor.
+        """
+        usual = Counter(strengths.values()).most_common(1)
+        if not usual:
+            raise AdapterError("it has no layers")
+        own, _ = usual[0]
+        others = {index: s for index, s in strengths.items() if s != own}
+        return cls(own.rank, own.alpha, layers, base_model, others)
+
+    def strength(self, layer: int) -> Strength:
+        """Rank and alpha of a layer."""
+        return self.strengths.get(layer, Strength(self.rank, self.alpha))
+
+    def lora_config(self) -> LoRAConfig:
+        """What a model is loaded with to take this adapter."""
+        own = {rf"layers\.{index}\..*": s for index, s in self.strengths.items()}
+        return LoRAConfig(
+            self.rank,
+            self.alpha,
+            rank_pattern={key: s.rank for key, s in own.items()},
+            alpha_pattern={key: s.alpha for key, s in own.items()},
+        )
+
     @property
     def scaling(self) -> float:
-        """The factor s = alpha / rank of the adapter's output."""
+        """The factor of the adapter's output, but for layers in `strengths`."""
         return self.alpha / self.rank
 
     @property
@@ -80,16 +134,20 @@ class Adapter:
 
     def differences(self, other: Adapter) -> Iterator[str]:
         """What differs from `other`, bit by bit; nothing when they are the same."""
-        for name in ("rank", "alpha"):
-            if getattr(self, name) != getattr(other, name):
-                yield f"{name} {getattr(self, name)} and {getattr(other, name)}"
         if self.layers.keys() != other.layers.keys():
             yield f"layers {sorted(self.layers)} and {sorted(other.layers)}"
             return
         for index, lora in self.layers.items():
+            strength, theirs = self.strength(index), other.strength(index)
+            for name in ("rank", "alpha"):
+                if getattr(strength, name) != getattr(theirs, name):
+                    yield (
+                        f"{name} {getattr(strength, name)} and "
+                        f"{getattr(theirs, name)} of layer {index}"
+                    )
             pairs = zip(lora.arrays(), other.layers[index].arrays(), strict=True)
-            for name, (mine, theirs) in zip(lora.NAMES, pairs, strict=True):
-                if not _same_bits(mine, theirs):
+            for name, (mine, yours) in zip(lora.NAMES, pairs, strict=True):
+                if not _same_bits(mine, yours):
                     yield f"{name} of layer {index}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ktjax.io.adapters import fused, ktransformers, per_expert
-from ktjax.io.adapters.adapter import Adapter, AdapterError
+from ktjax.io.adapters.adapter import Adapter, AdapterError, Strength
 from ktjax.io.adapters.names import (
     FUSED_FOLDER,
     FUSED_PARAMETERS,
@@ -76,14 +76,14 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
       AdapterError: it adapts anything but gate, up and down of all experts of a layer,
         something is missing, has a wrong shape or is not finite, or rank or scaling
-        differ among the experts.
+        differ among the experts of a layer.
       CheckpointError: a safetensors file is damaged.
     """
     directory = Path(path)
     layout, file, config = _open(directory)
-    strength, layers = _LAYOUTS[layout].decode(file, config)
+    strengths, layers = _LAYOUTS[layout].decode(file, config)
     try:
-        return Adapter(strength.rank, strength.alpha, layers, config.base_model)
+        return Adapter.of(strengths, layers, config.base_model)
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
 
@@ -128,7 +128,8 @@ def write_adapter(
       model_type: the base model's, from its config.json.
       layout: "peft": two matrices per expert and projection. "peft-fused": PEFT's
         `target_parameters`, as 0.19.1 and later read it. None: the first, except for
-        families that need the second (see `names.FAMILIES`).
+        families that need the second (see `names.FAMILIES`) and for adapters with
+        layers of different strengths.
       replace: whether an existing `path` is replaced.
 
     Returns:
@@ -141,7 +142,7 @@ def write_adapter(
     """
     family = family_of(model_type)
     if layout is None:
-        layout = family.layout
+        layout = "peft-fused" if adapter.strengths else family.layout
     elif layout not in ("peft", "peft-fused"):
         raise ValueError(
             f"write_adapter: layout must be peft or peft-fused, got {layout!r}"
@@ -150,6 +151,12 @@ def write_adapter(
         raise ValueError(
             f"write_adapter: PEFT ignores the per-expert tensors of {model_type} "
             f"without a word; use the layout {family.layout}"
+        )
+    elif layout == "peft" and adapter.strengths:
+        # PEFT 0.21 puts a pattern of its own before those of the file.
+        raise ValueError(
+            "write_adapter: from per-expert tensors PEFT takes one rank and one alpha "
+            "for all layers; use the layout peft-fused"
         )
     adapter = dataclasses.replace(
         adapter, layers={i: _numpy(lora) for i, lora in adapter.layers.items()}
@@ -185,15 +192,13 @@ def _config(
     alpha / rank alone but not alpha / √rank.
     """
     is_fused = layout == "peft-fused"
-    gate_up = f"{FUSED_FOLDER}.{FUSED_PARAMETERS[0]}"
-    # PEFT declares an integer; it computes with any number.
-    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    ranks, alphas = _patterns(adapter, is_fused)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _plain(adapter.alpha),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -205,9 +210,33 @@ def _config(
         "target_parameters": [f"{FUSED_FOLDER}.{name}" for name in FUSED_PARAMETERS]
         if is_fused
         else None,
-        "rank_pattern": {gate_up: 2 * adapter.rank} if is_fused else {},
-        "alpha_pattern": {gate_up: 2 * alpha} if is_fused else {},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
+
+
+def _patterns(
+    adapter: Adapter, is_fused: bool
+) -> tuple[dict[str, int], dict[str, float]]:
+    """rank_pattern and alpha_pattern; PEFT takes the first key that fits."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    usual = Strength(adapter.rank, adapter.alpha)
+    layers = {rf"layers\.{i}\.": s for i, s in adapter.strengths.items()}
+    for layer, strength in (*layers.items(), ("", usual)):
+        if is_fused:  # gate and up together have twice the rank
+            key = f"{layer}{FUSED_FOLDER}.{FUSED_PARAMETERS[0]}"
+            ranks[key] = 2 * strength.rank
+            alphas[key] = _plain(2 * strength.alpha)
+        if layer:
+            ranks[f"{layer}.*"] = strength.rank
+            alphas[f"{layer}.*"] = _plain(strength.alpha)
+    return ranks, alphas
+
+
+def _plain(alpha: float) -> float:
+    """PEFT declares alpha as an integer; it computes with any number."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _open(directory: Path) -> tuple[str, SafetensorsFile, PeftConfig]:

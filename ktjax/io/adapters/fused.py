@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ktjax.io.adapters.adapter import Adapter, AdapterError, Array
+from ktjax.io.adapters.adapter import Adapter, AdapterError, Array, Strength
 from ktjax.io.adapters.names import FUSED_FOLDER, FUSED_PARAMETERS, PREFIX
-from ktjax.io.adapters.peft_config import PeftConfig, Strength
+from ktjax.io.adapters.peft_config import PeftConfig
 from ktjax.io.safetensors import SafetensorsFile
 from ktjax.io.stream import Spec
 from ktjax.lora import LoRA
@@ -59,30 +59,29 @@ class _Layer(NamedTuple):
 
 def decode(
     file: SafetensorsFile, config: PeftConfig
-) -> tuple[Strength, dict[int, LoRA]]:
-    """Undo the fusion.
+) -> tuple[dict[int, Strength], dict[int, LoRA]]:
+    """Undo the fusion; the strength and the arrays of each layer.
 
     When every gate_up_proj has the form of two adapters of half its rank, it becomes
     those two. Else gate and up get the shared A; a smaller rank is filled up with
     zeros, which changes no product.
 
     Raises:
-      AdapterError: a tensor is missing or has a wrong shape, or ranks or scalings
-        differ between layers.
+      AdapterError: a tensor is missing or has a wrong shape, or the scalings of a
+        layer's projections differ.
     """
     found = dict(sorted(layers_of(file.keys()).items()))
-    gate_up, down = _strengths(list(found), config)
+    strengths = {index: _strengths(index, config) for index in found}
     layers = {
-        index: _layer(file, index, names, gate_up.rank, down.rank)
+        index: _layer(file, index, names, *(s.rank for s in strengths[index]))
         for index, names in found.items()
     }
-    halves = gate_up.rank == 2 * down.rank
+    halves = all(gate_up.rank == 2 * down.rank for gate_up, down in strengths.values())
     if halves and all(map(_is_block_diagonal, layers.values())):
-        return down, {index: _separate(layer) for index, layer in layers.items()}
-    larger = gate_up if gate_up.rank > down.rank else down
-    return larger, {
-        index: _shared(layer, larger.rank) for index, layer in layers.items()
-    }
+        own = {index: down for index, (_, down) in strengths.items()}
+        return own, {index: _separate(layer) for index, layer in layers.items()}
+    own = {i: max(both, key=lambda s: s.rank) for i, both in strengths.items()}
+    return own, {i: _shared(layer, own[i].rank) for i, layer in layers.items()}
 
 
 def encode(adapter: Adapter) -> tuple[dict[str, Spec], Any]:
@@ -118,24 +117,18 @@ def encode(adapter: Adapter) -> tuple[dict[str, Spec], Any]:
     return specs, pieces
 
 
-def _strengths(layers: list[int], config: PeftConfig) -> tuple[Strength, Strength]:
-    """Of gate_up_proj and of down_proj, the same in all layers, with one scaling."""
+def _strengths(layer: int, config: PeftConfig) -> tuple[Strength, Strength]:
+    """Of a layer's gate_up_proj and down_proj, with one scaling."""
     gate_up, down = (
-        {
-            config.strength(f"model.layers.{layer}.{FUSED_FOLDER}.{parameter}")
-            for layer in layers
-        }
+        config.strength(f"model.layers.{layer}.{FUSED_FOLDER}.{parameter}")
         for parameter in FUSED_PARAMETERS
     )
-    scalings = {strength.scaling for strength in gate_up | down}
-    even = all(math.isclose(s, min(scalings), rel_tol=1e-9) for s in scalings)
-    if len(gate_up) > 1 or len(down) > 1 or not even:
+    if not math.isclose(gate_up.scaling, down.scaling, rel_tol=1e-9):
         raise AdapterError(
-            f"{config.path}: layers with different ranks, or projections with "
-            "different scalings, are not supported; got scalings "
-            f"{', '.join(f'{s:g}' for s in sorted(scalings))}"
+            f"{config.path}: projections of a layer with different scalings are not "
+            f"supported; layer {layer} has {gate_up.scaling:g} and {down.scaling:g}"
         )
-    return gate_up.pop(), down.pop()
+    return gate_up, down
 
 
 def _layer(

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ktjax.io.adapters.adapter import AdapterError, Array
-from ktjax.io.adapters.peft_config import PeftConfig, Strength
+from ktjax.io.adapters.adapter import AdapterError, Array, Strength
+from ktjax.io.adapters.peft_config import PeftConfig
 from ktjax.io.safetensors import SafetensorsFile
 from ktjax.lora import LoRA
 
@@ -33,8 +33,8 @@ def layers_of(names: Iterable[str]) -> dict[int, dict[str, str]]:
 
 def decode(
     file: SafetensorsFile, config: PeftConfig
-) -> tuple[Strength, dict[int, LoRA]]:
-    """Read the arrays; they stay views of the file.
+) -> tuple[dict[int, Strength], dict[int, LoRA]]:
+    """Read the arrays, which stay views of the file; and the strength of each layer.
 
     Raises:
       AdapterError: an array is missing, or the file's ranks are not the
@@ -55,7 +55,7 @@ def decode(
                 )
         layers[index] = LoRA(*(_array(file, found[name]) for name in LoRA.NAMES))
     # They do not depend on the name, as there are no patterns.
-    return config.strength(""), layers
+    return dict.fromkeys(layers, config.strength("")), layers
 
 
 def _array(file: SafetensorsFile, name: str) -> Array:

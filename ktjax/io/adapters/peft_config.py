@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from ktjax.io.adapters.adapter import AdapterError
+from ktjax.io.adapters.adapter import AdapterError, Strength
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -30,19 +29,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Ways to begin a training that keep the base weights; others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) change them, and such an adapter does not fit the original model.
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Strength:
-    """Rank and alpha of one module; rsLoRA's alpha is converted."""
-
-    rank: int
-    alpha: float
-
-    @property
-    def scaling(self) -> float:
-        """What the adapter's output is multiplied with."""
-        return self.alpha / self.rank
 
 
 class PeftConfig:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ktjax.io.adapters.adapter import Adapter, AdapterError, Array
+from ktjax.io.adapters.adapter import Adapter, AdapterError, Array, Strength
 from ktjax.io.adapters.names import PARTS, PREFIX, Family, target_of
-from ktjax.io.adapters.peft_config import PeftConfig, Strength
+from ktjax.io.adapters.peft_config import PeftConfig
 from ktjax.io.safetensors import SafetensorsFile
 from ktjax.io.stream import Spec
 from ktjax.lora import LoRA
@@ -39,17 +39,18 @@ def layers_of(names: Iterable[str]) -> dict[int, dict[tuple[str, int], str]]:
 
 def decode(
     file: SafetensorsFile, config: PeftConfig
-) -> tuple[Strength, dict[int, LoRA]]:
-    """Stack the experts' matrices.
+) -> tuple[dict[int, Strength], dict[int, LoRA]]:
+    """Stack the experts' matrices; the strength and the arrays of each layer.
 
     Raises:
       AdapterError: a matrix is missing, two do not fit together, or ranks or scalings
-        differ.
+        differ within a layer.
     """
-    layers = layers_of(file.keys())
-    return _one_strength(layers, config), {
+    layers = dict(sorted(layers_of(file.keys()).items()))
+    strengths = {i: _one_strength(found, config) for i, found in layers.items()}
+    return strengths, {
         index: LoRA(*(_stack(file, index, name, found) for name in LoRA.NAMES))
-        for index, found in sorted(layers.items())
+        for index, found in layers.items()
     }
 
 
@@ -76,14 +77,10 @@ def encode(adapter: Adapter, family: Family) -> tuple[dict[str, Spec], Any]:
     return specs, pieces
 
 
-def _one_strength(
-    layers: Mapping[int, Mapping[tuple[str, int], str]], config: PeftConfig
-) -> Strength:
-    """The rank and alpha that all modules share; patterns may name them again."""
+def _one_strength(found: Mapping[tuple[str, int], str], config: PeftConfig) -> Strength:
+    """The rank and alpha that all modules of a layer share."""
     modules = (
-        name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        for found in layers.values()
-        for name in found.values()
+        name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in found.values()
     )
     first = next(modules)
     expected = config.strength(first)
@@ -95,8 +92,8 @@ def _one_strength(
             raise AdapterError(
                 f"{config.path}: {module} has rank {strength.rank} and scaling "
                 f"{strength.scaling:g}, {first} has {expected.rank} and "
-                f"{expected.scaling:g}; experts with different ranks or scalings are "
-                "not supported"
+                f"{expected.scaling:g}; experts of a layer with different ranks or "
+                "scalings are not supported"
             )
     return expected
 

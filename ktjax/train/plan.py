@@ -205,11 +205,13 @@ def _largest_rank(
 def _reach(x: int, y: int, other_x: int, other_y: int, limit: int) -> int:
     """The whole x at which the line through two points is at `limit`, at least 0."""
     slope = (other_y - y) / (other_x - x)
-    return max(0, int(x + (limit - y) / slope)) if slope > 0 else x
+    if slope <= 0:
+        return x if y <= limit else 0
+    return max(0, int(x + (limit - y) / slope))
 
 
 def measure_time(
-    model: ModelConfig, config: TrainConfig, available: int, repeats: int = 3
+    model: ModelConfig, config: TrainConfig, available: int, repeats: int = 4
 ) -> tuple[Timing, int]:
     """Seconds of a step, and bytes of the kernels' workspace, from one random layer.
 
@@ -221,17 +223,25 @@ def measure_time(
 
     Raises:
       ValueError: not even one expert with its tokens fits.
+      RuntimeError: others keep the machine so busy that nothing can be told.
     """
     measured, rows, share = _measurable(model, config, available)
     config = dataclasses.replace(config, batch_size=rows, accumulation=1)
+    # Without logits, whose time would hide that of a layer.
+    small = dataclasses.replace(measured, vocab_size=_SMALL_VOCABULARY)
     with _random_store(model, config, measured.num_experts) as store:
-        seconds = [
-            _time_steps(_shallow(measured, depth), config, store, repeats)
-            for depth in (1, 2)
-        ]
+        one, two, whole = (
+            _time_steps(_shallow(kind, depth), config, store, repeats)
+            for kind, depth in ((small, 1), (small, 2), (measured, 1))
+        )
         workspace = _native.workspace_bytes()
-    layer = max(seconds[1] - seconds[0], 0.0) / share
-    rest = max(seconds[0] / share - layer, 0.0)
+    if two <= one:
+        raise RuntimeError(
+            "the machine is too busy to measure a step: two layers took no longer than "
+            "one; try again, or leave the measurement out with --no-measure"
+        )
+    layer = (two - one) / share
+    rest = max(whole / share - layer, 0.0)
     step = rest + layer * model.num_hidden_layers
     return Timing(step, layer, rest, measured.num_experts), workspace
 

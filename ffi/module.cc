@@ -12,7 +12,8 @@
 #include <string>
 
 #include "base/cpu.h"
-#include "handlers/moe_handlers.h"
+#include "handlers/targets.h"
+#include "linear/store.h"
 #include "moe/backend.h"
 #include "moe/eager.h"
 #include "moe/encode_experts.h"
@@ -60,17 +61,16 @@ void ReleasePool() {
   std::shared_ptr<Backend> last;
   std::lock_guard lock(backend_mutex);
   if (const int64_t open = StoreRegistry::Get().size(); open > 0) {
-    throw std::runtime_error(
-        std::to_string(open) +
-        " expert stores still use the worker pool; close them first");
+    throw std::runtime_error(std::to_string(open) +
+                             " stores still use the worker pool; close them first");
   }
   last = std::move(backend);
 }
 
 nb::tuple ToTuple(Handle handle) { return nb::make_tuple(handle.epoch, handle.index); }
 
-// A matrix of all experts: values, or codes with their scales and perhaps zero points,
-// or blocks that have all of it.
+// A matrix, or that of all experts: values, or codes with their scales and perhaps zero
+// points, or blocks that have all of it.
 SourceMatrix Source(const std::vector<Array>& arrays) {
   const Array& values = arrays.at(0);
   if (arrays.size() > 1) {
@@ -101,6 +101,20 @@ nb::tuple CreateStore(const std::string& format, int group_size, bool zero_point
         down_format == format ? encoding : MakeEncoding(down_format, 0, false);
     auto store =
         std::make_shared<ExpertStore>(GetBackend(), geometry, encoding, down_encoding);
+    store->Pack(source);
+    handle = StoreRegistry::Get().Add(std::move(store));
+  }
+  return ToTuple(handle);
+}
+
+nb::tuple CreateLinear(const std::string& format, int group_size, bool zero_points,
+                       int outputs, int inputs, const std::vector<Array>& weight) {
+  const SourceMatrix source = Source(weight);
+  Handle handle;
+  {
+    nb::gil_scoped_release release;
+    auto store = std::make_shared<LinearStore>(
+        GetBackend(), outputs, inputs, MakeEncoding(format, group_size, zero_points));
     store->Pack(source);
     handle = StoreRegistry::Get().Add(std::move(store));
   }
@@ -191,8 +205,10 @@ NB_MODULE(_native, m) {
 
   m.def("targets", [] {
     nb::dict targets;
-    for (const Target& target : MoeTargets()) {
-      targets[target.name] = nb::capsule(target.handler);
+    for (const auto& list : {MoeTargets(), LinearTargets()}) {
+      for (const Target& target : list) {
+        targets[target.name] = nb::capsule(target.handler);
+      }
     }
     return targets;
   });
@@ -233,10 +249,18 @@ NB_MODULE(_native, m) {
                                const OutputArray& up, const OutputArray& down) {
     nb::gil_scoped_release release;
     StoreRegistry::Get()
-        .Find({epoch, index})
+        .Find<ExpertStore>({epoch, index})
         ->Dequantize(static_cast<float*>(gate.data()), static_cast<float*>(up.data()),
                      static_cast<float*>(down.data()));
   });
+  m.def("create_linear", &CreateLinear);
+  m.def("linear_dequantize",
+        [](uint32_t epoch, uint32_t index, const OutputArray& values) {
+          nb::gil_scoped_release release;
+          StoreRegistry::Get()
+              .Find<LinearStore>({epoch, index})
+              ->Dequantize(static_cast<float*>(values.data()));
+        });
 
   m.def("register_lora",
         [](uint32_t epoch, uint32_t index, const std::vector<Array>& arrays,
@@ -248,7 +272,7 @@ NB_MODULE(_native, m) {
           auto keep = KeepAlive(std::move(owner));
           nb::gil_scoped_release release;
           StoreRegistry::Get()
-              .Find({epoch, index})
+              .Find<ExpertStore>({epoch, index})
               ->RegisterLoRA(std::make_shared<RegisteredLoRA>(lora, std::move(keep)));
         });
   m.def("submit_forward",
@@ -256,7 +280,7 @@ NB_MODULE(_native, m) {
            const Array& w, const OutputArray& y, nb::object owner, bool int8) {
           LayerInputs inputs = EagerInputs(x, ids, w);
           inputs.int8 = int8;
-          auto store = StoreRegistry::Get().Find({epoch, index});
+          auto store = StoreRegistry::Get().Find<ExpertStore>({epoch, index});
           auto keep = KeepAlive(std::move(owner));
           const MutableArray out{y.data(), y.dtype() == nb::dtype<float>()};
           nb::gil_scoped_release release;

@@ -12,11 +12,13 @@ from ktjax.experts_sft import (
     BaseSFTMoEWrapper,
     KExpertsSFTBuffer,
 )
-from ktjax.lora import LoRA
+from ktjax.lora import LinearLoRA, LoRA
 from ktjax.ops import reference
 from ktjax.ops.api import moe
+from ktjax.ops.linear import linear
 from ktjax.quant import Quantized
 from ktjax.store import ExpertStore
+from ktjax.store_linear import LinearStore
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,8 @@ __all__ = [
     "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
+    "LinearLoRA",
+    "LinearStore",
     "LoRA",
     "LoRAConfig",
     "MoEConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "config",
     "generate_gpu_experts_masks",
     "io",
+    "linear",
     "models",
     "moe",
     "nn",

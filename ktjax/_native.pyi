@@ -41,6 +41,16 @@ def create_store(
     down: list[_Array],
     /,
 ) -> tuple[int, int]: ...
+def create_linear(
+    format: str,
+    group_size: int,
+    zero_points: bool,
+    outputs: int,
+    inputs: int,
+    weight: list[_Array],
+    /,
+) -> tuple[int, int]: ...
+def linear_dequantize(epoch: int, index: int, values: _Array, /) -> None: ...
 def close_store(epoch: int, index: int, /) -> None: ...
 def store_bytes(epoch: int, index: int, /) -> int: ...
 def store_dequantize(

@@ -29,7 +29,7 @@ Array = Any
 
 
 class StoreHandle(nnx.Variable):
-    """The `uint32[2]` handle of a layer's expert store: neither Param nor LoRAParam.
+    """The `uint32[2]` handle of a store: neither Param nor LoRAParam.
 
     It is state, so it may be split, stacked over layers and scanned; optimizers and
     gradients, which ask for parameters, pass it by.
@@ -42,7 +42,7 @@ class StoreForm:
 
     treedef: Any
 
-    def store(self, handle: Array) -> ExpertStore:
+    def store(self, handle: Array) -> Any:
         """A view of the store behind `handle`, which may be a tracer."""
         return jax.tree.unflatten(self.treedef, [handle])
 

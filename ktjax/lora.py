@@ -1,4 +1,4 @@
-"""The six LoRA arrays of one layer of experts."""
+"""Low-rank adapters: six arrays of a layer of experts, two of a projection."""
 
 from __future__ import annotations
 
@@ -63,41 +63,26 @@ class LoRA:
                     f"{jnp.shape(getattr(self, name))}"
                 )
         rank = self.gate_a.shape[1]
-        if not 1 <= rank <= MAX_LORA_RANK:
-            raise ValueError(
-                f"lora: expected a rank of 1 to {MAX_LORA_RANK}, got {rank}"
-            )
+        check_rank(rank)
         experts = experts if experts is not None else self.gate_b.shape[0]
         intermediate = (
             intermediate if intermediate is not None else self.gate_b.shape[1]
         )
         for name, shape in LoRA.shapes(experts, hidden, intermediate, rank).items():
             array = getattr(self, name)
-            if jnp.shape(array) != shape:
-                raise ValueError(
-                    f"lora.{name}: expected {shape}, got {jnp.shape(array)}"
-                )
-            if array.dtype not in (jnp.float32, jnp.bfloat16):
-                raise TypeError(
-                    f"lora.{name}: expected float32 or bfloat16, got {array.dtype}"
-                )
-            if array.dtype != self.gate_a.dtype:
-                raise TypeError(
-                    f"lora.{name}: expected {self.gate_a.dtype} like gate_a, got "
-                    f"{array.dtype}"
-                )
+            _check_array(name, array, shape, ("gate_a", self.gate_a))
 
     @staticmethod
     def draw(
         name: str,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         next_key: Callable[[], Array],
         dtype: Any = jnp.float32,
     ) -> Array:
         """The start of a training, as torch and PEFT draw it.
 
         Args:
-          name: which array, one that ends in "_a" or "_b".
+          name: which array, one that ends in "a" or "b".
           shape: its shape.
           next_key: gives a PRNG key (`nnx.Rngs.params`); called for A only.
           dtype: its dtype.
@@ -105,7 +90,7 @@ class LoRA:
         Returns:
           A: uniform in ±1/√in, Kaiming's bound for a = √5; B: zero.
         """
-        if name.endswith("_b"):
+        if name.endswith("b"):
             return jnp.zeros(shape, dtype)
         bound = shape[-1] ** -0.5
         return jax.random.uniform(next_key(), shape, dtype, minval=-bound, maxval=bound)
@@ -123,3 +108,71 @@ class LoRA:
             "down_a": (experts, rank, intermediate),
             "down_b": (experts, hidden, rank),
         }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearLoRA:
+    """A low-rank adapter of one projection: `x Wᵀ + s (x Aᵀ) Bᵀ`.
+
+    Both arrays share one dtype, float32 or bfloat16, and a rank, 1 to 256. A pytree.
+
+    Attributes:
+      a: `[rank, in]`.
+      b: `[out, rank]`.
+    """
+
+    a: Array
+    b: Array
+
+    NAMES = ("a", "b")
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.a.shape[0]
+
+    def validate(self, out_features: int, in_features: int) -> None:
+        """Checks shapes, dtypes and rank against a projection's sizes.
+
+        Raises:
+          ValueError: a wrong shape, or a rank outside 1..256.
+          TypeError: a dtype other than float32 and bfloat16.
+        """
+        if jnp.ndim(self.a) != 2:
+            raise ValueError(
+                f"lora.a: expected 2 dimensions, got shape {jnp.shape(self.a)}"
+            )
+        check_rank(self.rank)
+        shapes = LinearLoRA.shapes(out_features, in_features, self.rank)
+        for name, shape in shapes.items():
+            _check_array(name, getattr(self, name), shape, ("a", self.a))
+
+    @staticmethod
+    def shapes(
+        out_features: int, in_features: int, rank: int
+    ) -> dict[str, tuple[int, int]]:
+        """The shape of each array, by name."""
+        return {"a": (rank, in_features), "b": (out_features, rank)}
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError for a rank outside 1..256."""
+    if not 1 <= rank <= MAX_LORA_RANK:
+        raise ValueError(f"lora: expected a rank of 1 to {MAX_LORA_RANK}, got {rank}")
+
+
+def _check_array(
+    name: str, array: Array, shape: tuple[int, ...], first: tuple[str, Array]
+) -> None:
+    """One array of an adapter; `first` is that whose dtype the others share."""
+    if jnp.shape(array) != shape:
+        raise ValueError(f"lora.{name}: expected {shape}, got {jnp.shape(array)}")
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"lora.{name}: expected float32 or bfloat16, got {array.dtype}")
+    first_name, reference = first
+    if array.dtype != reference.dtype:
+        raise TypeError(
+            f"lora.{name}: expected {reference.dtype} like {first_name}, got "
+            f"{array.dtype}"
+        )

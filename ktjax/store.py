@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 from ktjax import _native, backend
 from ktjax.quant.formats import BLOCK_FORMATS, FORMATS, Encoding, Quantized
 from ktjax.quant.plain import check_quantized, group_of
+from ktjax.store_base import FrozenStore, check_pool
 
 Array = Any
 
@@ -34,29 +33,12 @@ class Geometry(NamedTuple):
     down_format: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Owner:
-    """Keeps a native store registered; closing twice is harmless."""
-
-    epoch: int
-    index: int
-    finalizer: Any
-
-    @classmethod
-    def of(cls, store: ExpertStore, epoch: int, index: int) -> _Owner:
-        return cls(
-            epoch, index, weakref.finalize(store, _native.close_store, epoch, index)
-        )
-
-
 @jax.tree_util.register_pytree_node_class
-class ExpertStore:
+class ExpertStore(FrozenStore):
     """Frozen weights of a layer's routed experts, packed once for both passes.
 
-    A store is a pytree with one leaf, its `handle`, so it can be an argument of jitted
-    functions and its handles can be stacked for `lax.scan` over layers. Copies made by
-    JAX are views: the store that `from_arrays` returned owns the memory and frees it
-    when it is closed or collected. Using a closed store is an error, never a crash.
+    A pytree with one leaf, its `handle`; see `FrozenStore`. The store that
+    `from_arrays` returned owns the memory.
 
     Attributes:
       handle: `uint32[2]`, the name of the native store in this process.
@@ -69,12 +51,7 @@ class ExpertStore:
       intermediate_size: width of an expert.
     """
 
-    handle: Array
-
-    def __init__(self, handle: Array, geometry: Geometry, owner: _Owner | None = None):
-        self.handle = handle
-        self._geometry = geometry
-        self._owner = owner
+    _geometry: Geometry
 
     @classmethod
     def from_arrays(
@@ -125,12 +102,7 @@ class ExpertStore:
         # Before anything starts a pool: a typing error must not.
         Encoding.of(format, group_size, zero_point, where="ExpertStore")
         down_format = _check_mixed(format, down_format)
-        running = backend.get_pool()
-        if pool is not None and pool is not running:
-            raise ValueError(
-                f"ExpertStore: pool: expected the running pool {running}, got {pool}; "
-                "get it from ktjax.backend.get_pool()"
-            )
+        check_pool(pool, where="ExpertStore")
         matrices = (gate, up, down)
         if FORMATS[format].block_bytes or down_format:
             geometry, arrays = _check_blocks(matrices, format, down_format)
@@ -140,18 +112,14 @@ class ExpertStore:
             geometry, arrays = _check(matrices, format, group_size, zero_point)
         # 0 where the format fixes the group.
         chosen = geometry.group_size if FORMATS[format].group_sizes else 0
-        epoch, index = _native.create_store(
+        words = _native.create_store(
             format,
             chosen,
             geometry.zero_point,
             down_format or format,
             *([backend.native_bits(a) for a in matrix] for matrix in arrays),
         )
-        with jax.ensure_compile_time_eval():
-            handle = jnp.array([epoch, index], jnp.uint32)
-        store = cls(handle, geometry)
-        store._owner = _Owner.of(store, epoch, index)
-        return store
+        return cls._own(words, geometry)
 
     @property
     def geometry(self) -> Geometry:
@@ -193,16 +161,6 @@ class ExpertStore:
         """Width of an expert."""
         return self._geometry.intermediate_size
 
-    @property
-    def closed(self) -> bool:
-        """Whether this owner was closed; views do not know and say False."""
-        return self._owner is not None and not self._owner.finalizer.alive
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory of the packed weights: codes, scales and zeros, with padding."""
-        return _native.store_bytes(*self.words())
-
     def dequantize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The exact values that the kernels use: gate, up and down in float32.
 
@@ -218,45 +176,6 @@ class ExpertStore:
         )
         _native.store_dequantize(*words, *arrays)
         return arrays
-
-    def close(self) -> None:
-        """Frees the weights once the calls in flight have ended. Idempotent.
-
-        Raises:
-          RuntimeError: this is a view; close the store that `from_arrays` returned.
-        """
-        if self._owner is None:
-            raise RuntimeError(
-                "ExpertStore.close: this is a view made by JAX; close the store that "
-                "ExpertStore.from_arrays returned"
-            )
-        self._owner.finalizer()
-
-    def __enter__(self) -> ExpertStore:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else "view" if self._owner is None else "open"
-        return f"ExpertStore({', '.join(map(str, self._geometry))}, {state})"
-
-    def tree_flatten(self) -> tuple[tuple[Array], Geometry]:
-        """One leaf, the handle; the geometry is static."""
-        return (self.handle,), self._geometry
-
-    @classmethod
-    def tree_unflatten(cls, geometry: Geometry, leaves: tuple[Array]) -> ExpertStore:
-        """A view: it does not own the memory."""
-        return cls(leaves[0], geometry)
-
-    def words(self) -> tuple[int, int]:
-        """The handle as two integers; concrete stores only."""
-        if self._owner is not None:
-            return self._owner.epoch, self._owner.index
-        epoch, index = np.asarray(self.handle)
-        return int(epoch), int(index)
 
 
 def _check(

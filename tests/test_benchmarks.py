@@ -15,7 +15,7 @@ import pytest
 from moe_cases import TOLERANCES
 
 import ktjax
-from benchmarks import cases, contenders, formats, measure, run, shapes
+from benchmarks import cases, contenders, formats, linear, measure, run, shapes
 from benchmarks.cases import Case
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.worker import Worker, WorkerError
@@ -451,3 +451,19 @@ def test_too_big_a_layer_ends_the_run_with_advice(monkeypatch):
     monkeypatch.setattr(shapes, "available_memory", lambda: 8 * 10**9)
     with pytest.raises(SystemExit, match=r"error: shape dsv3 .*--experts"):
         run.main(["--shapes", "dsv3", "--peers", ""])
+
+
+def test_projections(use_pool, capsys, tmp_path):
+    use_pool()
+    path = tmp_path / "rows.json"
+    arguments = ["--sizes", "64x96", "--tokens", "3", "--rounds", "2"]
+    rows = linear.main([*arguments, "--formats", "int4", "--json", str(path)])
+    assert json.loads(path.read_text()) == [dataclasses.asdict(row) for row in rows]
+    assert len(rows) == 2 * 5
+    assert {row.contender for row in rows} >= {"ktjax bf16", "ktjax int4"}
+    assert all(row.calls == 2 and row.median_ms > 0 for row in rows)
+    assert all(row.ratio == 1 for row in rows if row.contender == "ktjax bf16")
+    assert "time over that of ktjax bf16" in capsys.readouterr().out
+    # 3 x 64 x 96 multiply-adds, twice in a train step.
+    assert linear.Projection(64, 96).flops(3, "forward") == 36_864
+    assert linear.Projection(64, 96).flops(3, "train") == 73_728

@@ -140,7 +140,7 @@ def test_pool_is_one_per_process(use_pool):
         backend.get_pool(PoolConfig(3))
     with (
         ktjax.ExpertStore.from_arrays(*make_inputs(CASE).base),
-        pytest.raises(RuntimeError, match="1 expert stores still use the worker pool"),
+        pytest.raises(RuntimeError, match="1 stores still use the worker pool"),
     ):
         backend.release_pool()
 

@@ -22,12 +22,13 @@ from train_standin import (
     make_examples,
 )
 
+from ktjax.nn import token_losses
 from ktjax.train import loop
 from ktjax.train.batching import Batcher
 from ktjax.train.checkpoint import list_checkpoints, load_tree
 from ktjax.train.config import TrainConfig
 from ktjax.train.loop import TrainingError, fit
-from ktjax.train.loss import cross_entropy_sum
+from ktjax.train.loss import weigh
 from ktjax.train.step import (
     init_state,
     make_optimizer,
@@ -170,9 +171,9 @@ def test_one_trace_for_many_steps():
     traces = []
 
     class Counting(StandIn):
-        def __call__(self, *args, **kwargs):
+        def token_losses(self, *args, **kwargs):
             traces.append(1)
-            return super().__call__(*args, **kwargs)
+            return super().token_losses(*args, **kwargs)
 
     model = Counting()
     config = make_config()
@@ -217,9 +218,9 @@ def test_nan_guard_names_the_step_and_the_loss(tmp_path, monkeypatch):
 class Overflowing(StandIn):
     """The loss is finite; the gradient of b is not, that of a is."""
 
-    def __call__(self, *args, **kwargs):
-        logits, *rest = super().__call__(*args, **kwargs)
-        return logits + _spike(self.b[...]), *rest
+    def token_losses(self, *args, **kwargs):
+        losses, routings = super().token_losses(*args, **kwargs)
+        return losses + _spike(self.b[...]), routings
 
 
 @jax.custom_vjp
@@ -339,12 +340,15 @@ def test_schedule():
 def test_loss_is_float32_and_ignores_masked_positions():
     logits = jnp.array([[[2.0, 0.0], [jnp.inf, 0.0]]], jnp.bfloat16)
     targets, weights = jnp.array([[0, 1]]), jnp.array([[1.0, 0.0]])
-    value, grad = jax.value_and_grad(cross_entropy_sum)(
-        logits.astype(jnp.float32), targets, weights
-    )
+
+    def loss(logits):
+        losses = token_losses(lambda rows: rows, logits, targets, 2)
+        return jnp.sum(weigh(losses, weights))
+
+    value, grad = jax.value_and_grad(loss)(logits.astype(jnp.float32))
     assert value == pytest.approx(np.log1p(np.exp(-2.0)))
     assert value.dtype == jnp.float32
-    assert cross_entropy_sum(logits, targets, weights).dtype == jnp.float32
+    assert loss(logits).dtype == jnp.float32
     assert float(grad[0, 0, 0]) == pytest.approx(-1 / (1 + np.exp(2.0)))
 
 

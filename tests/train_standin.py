@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ktjax.nn import Routing
+from ktjax.nn import Routing, token_losses
 from ktjax.train.config import TrainConfig
 from ktjax.train.data import Chat, Example
 
@@ -26,23 +26,20 @@ class StandIn(nnx.Module):
         self.a = nnx.LoRAParam(jax.random.normal(rngs.params(), (WIDTH, RANK)))
         self.b = nnx.LoRAParam(jnp.zeros((RANK, WIDTH)))
 
-    def __call__(self, input_ids, *, positions, segment_ids, return_routings=False):
+    def token_losses(self, input_ids, targets, *, positions, segment_ids):
         x = self.embed(input_ids) * jnp.cos(positions)[..., None]
         length = input_ids.shape[1]
         seen = segment_ids[:, :, None] == segment_ids[:, None, :]
         seen = (seen & np.tri(length, dtype=bool)).astype(x.dtype)
         x = x + seen @ x / seen.sum(-1, keepdims=True)
         x = self.dropout(x + jnp.tanh(x @ self.a[...] @ self.b[...]))
-        logits = self.head(x)
-        if not return_routings:
-            return logits
         # A load that does not depend on the batch: then the balancing loss is linear in
         # the tokens, and micro-batches add up to the loss of one big batch.
         routing = Routing(
             load=jnp.array([1.5, 0.5, 0.0, 0.0]),
             probability=jnp.mean(jax.nn.softmax(x[..., :4]), axis=(0, 1)),
         )
-        return logits, (routing,)
+        return token_losses(self.head, x, targets, VOCAB), (routing,)
 
 
 class LetterTokenizer:

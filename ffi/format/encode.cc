@@ -227,7 +227,7 @@ void StoreCodes(Code code, const int* codes, int count, int first, uint8_t* row)
 
 template <typename T>
 void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
-                               std::string_view matrix, int expert) {
+                               std::string_view matrix, int expert, int64_t first_row) {
   const FormatSpec& spec = encoding.spec();
   const int64_t columns = encoding.scale_columns(depth_);
   const int64_t code_columns = encoding.code_columns(depth_);
@@ -237,9 +237,8 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
   std::vector<float> block_scales(columns);
 
   const auto refuse = [&](int output, const char* what) {
-    throw std::invalid_argument(std::string(matrix) + " weights of expert " +
-                                std::to_string(expert) + ": " + what + " in row " +
-                                std::to_string(output) +
+    throw std::invalid_argument(NameOf(matrix, expert) + ": " + what + " in row " +
+                                std::to_string(first_row + output) +
                                 "; they cannot be quantised to " + spec.name);
   };
   const auto load = [&](int output) {
@@ -311,17 +310,19 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
 }
 
 void EncodedMatrix::Encode(const Encoding& encoding, const float* weights, int outputs,
-                           int depth, std::string_view matrix, int expert) {
+                           int depth, std::string_view matrix, int expert,
+                           int64_t first_row) {
   Resize(encoding, outputs, depth, matrix);
   const FlushedArithmetic flushed;
-  EncodeRows(encoding, weights, matrix, expert);
+  EncodeRows(encoding, weights, matrix, expert, first_row);
 }
 
 void EncodedMatrix::Encode(const Encoding& encoding, const bf16* weights, int outputs,
-                           int depth, std::string_view matrix, int expert) {
+                           int depth, std::string_view matrix, int expert,
+                           int64_t first_row) {
   Resize(encoding, outputs, depth, matrix);
   const FlushedArithmetic flushed;
-  EncodeRows(encoding, weights, matrix, expert);
+  EncodeRows(encoding, weights, matrix, expert, first_row);
 }
 
 void EncodedMatrix::Resize(const Encoding& encoding, int outputs, int depth,

@@ -18,12 +18,12 @@ class EncodedMatrix {
   // Quantises row-major `weights` [outputs, depth]. Numbers below 2^-126 in magnitude
   // count as 0 at every step, whatever the thread flushes, and the codecs of
   // ktjax/quant give the same bits. Throws std::invalid_argument, naming `matrix`,
-  // `expert` and the row, for weights that are NaN or infinite or too large for a
-  // finite scale.
+  // `expert` and the row (counted from `first_row` on), for weights that are NaN or
+  // infinite or too large for a finite scale.
   void Encode(const Encoding& encoding, const float* weights, int outputs, int depth,
-              std::string_view matrix, int expert);
+              std::string_view matrix, int expert, int64_t first_row = 0);
   void Encode(const Encoding& encoding, const bf16* weights, int outputs, int depth,
-              std::string_view matrix, int expert);
+              std::string_view matrix, int expert, int64_t first_row = 0);
 
   // Valid until the next Encode.
   PlainMatrix plain() const {
@@ -36,7 +36,7 @@ class EncodedMatrix {
               std::string_view matrix);
   template <typename T>
   void EncodeRows(const Encoding& encoding, const T* weights, std::string_view matrix,
-                  int expert);
+                  int expert, int64_t first_row);
 
   int outputs_ = 0;
   int depth_ = 0;

@@ -33,8 +33,7 @@ float ScaleAt(ScaleType type, const void* scales, int64_t i) {
 
 [[noreturn]] void Refuse(const Encoding& encoding, std::string_view matrix, int expert,
                          int64_t row, const std::string& what) {
-  throw std::invalid_argument(std::string(matrix) + " weights of expert " +
-                              std::to_string(expert) + " in " + encoding.spec().name +
+  throw std::invalid_argument(NameOf(matrix, expert) + " in " + encoding.spec().name +
                               ": " + what + " of row " + std::to_string(row));
 }
 
@@ -96,8 +95,13 @@ void CopyScale(ScaleType type, const void* src, int64_t from, void* dst, int64_t
 
 }  // namespace
 
+std::string NameOf(std::string_view matrix, int expert) {
+  const std::string name = std::string(matrix) + " weights";
+  return expert == kNoExpert ? name : name + " of expert " + std::to_string(expert);
+}
+
 void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
-                std::string_view matrix, int expert) {
+                std::string_view matrix, int expert, int64_t first_row) {
   const FormatSpec& spec = encoding.spec();
   if (spec.blocks) {
     const auto [row, block] = FindBadBlock(*spec.blocks, plain);
@@ -123,7 +127,7 @@ void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
     } else {
       continue;
     }
-    Refuse(encoding, matrix, expert, i / columns * spec.block_outputs,
+    Refuse(encoding, matrix, expert, first_row + i / columns * spec.block_outputs,
            what + std::to_string(i % columns));
   }
   if (spec.code != Code::kE4M3) return;
@@ -131,7 +135,7 @@ void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
     const uint8_t* codes = plain.codes + static_cast<int64_t>(row) * plain.depth;
     int nans = 0;
     for (int d = 0; d < plain.depth; ++d) nans |= (codes[d] & 0x7f) == 0x7f;
-    if (nans) Refuse(encoding, matrix, expert, row, "NaN among the codes");
+    if (nans) Refuse(encoding, matrix, expert, first_row + row, "NaN among the codes");
   }
 }
 

@@ -3,6 +3,7 @@
 #define KTJAX_FFI_FORMAT_PANEL_H_
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #include "base/types.h"
@@ -25,11 +26,17 @@ struct PlainMatrix {
   int depth;
 };
 
-// Throws std::invalid_argument, naming `matrix`, `expert` and the row, for scales that
-// are NaN, infinite or negative, for NaN codes and for zero points above 15. Scales in
-// blocks may be negative.
+// The `expert` of a matrix that stands alone.
+inline constexpr int kNoExpert = -1;
+
+// Throws std::invalid_argument, naming `matrix`, `expert` and the row (counted from
+// `first_row` on), for scales that are NaN, infinite or negative, for NaN codes and for
+// zero points above 15. Scales in blocks may be negative.
 void CheckPlain(const Encoding& encoding, const PlainMatrix& plain,
-                std::string_view matrix, int expert);
+                std::string_view matrix, int expert, int64_t first_row = 0);
+
+// How errors name a matrix.
+std::string NameOf(std::string_view matrix, int expert);
 
 // Where things are in the memory of a QuantPanel: codes, then scales, then zero points,
 // or minima, sub-scales and their minima, each from a multiple of 64 bytes on.

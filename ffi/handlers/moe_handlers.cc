@@ -1,86 +1,16 @@
-// XLA FFI handlers: decode, check, call, return. No mathematics here.
-#include "handlers/moe_handlers.h"
-
-#include <cstring>
-#include <functional>
-#include <numeric>
-#include <optional>
-#include <span>
-#include <stdexcept>
+// XLA FFI handlers of the experts: decode, check, call, return. No mathematics here.
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "handlers/check.h"
+#include "handlers/targets.h"
 #include "moe/layer.h"
 #include "moe/registry.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ktjax {
 namespace {
-
-namespace ffi = xla::ffi;
-
-using Dims = std::span<const int64_t>;
-
-std::string ToString(Dims dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) {
-    text += (i ? ", " : "") + std::to_string(dims[i]);
-  }
-  return text + "]";
-}
-
-const char* Name(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32:
-      return "float32";
-    case ffi::BF16:
-      return "bfloat16";
-    case ffi::S32:
-      return "int32";
-    case ffi::U32:
-      return "uint32";
-    default:
-      return "another dtype";
-  }
-}
-
-// Checks an operand against what it must be. Throws std::invalid_argument.
-class Checker {
- public:
-  explicit Checker(const char* operation) : operation_(operation) {}
-
-  void Shape(const char* operand, const ffi::AnyBuffer& buffer,
-             std::vector<int64_t> expected) const {
-    const auto dims = buffer.dimensions();
-    const Dims got(dims.begin(), dims.size());
-    if (!std::equal(got.begin(), got.end(), expected.begin(), expected.end())) {
-      Fail(operand, "shape " + ToString(expected), ToString(got));
-    }
-  }
-  void Type(const char* operand, const ffi::AnyBuffer& buffer,
-            ffi::DataType expected) const {
-    if (buffer.element_type() != expected) {
-      Fail(operand, Name(expected), Name(buffer.element_type()));
-    }
-  }
-  // float32 or bfloat16; returns whether it is float32.
-  bool Floating(const char* operand, const ffi::AnyBuffer& buffer) const {
-    const ffi::DataType type = buffer.element_type();
-    if (type != ffi::F32 && type != ffi::BF16) {
-      Fail(operand, "float32 or bfloat16", Name(type));
-    }
-    return type == ffi::F32;
-  }
-  [[noreturn]] void Fail(const char* operand, const std::string& expected,
-                         const std::string& got) const {
-    throw std::invalid_argument(std::string(operand) + ": expected " + expected +
-                                ", got " + got);
-  }
-  const char* operation() const { return operation_; }
-
- private:
-  const char* operation_;
-};
 
 constexpr const char* kLoRANames[] = {"lora.gate_a", "lora.gate_b", "lora.up_a",
                                       "lora.up_b",   "lora.down_a", "lora.down_b"};
@@ -112,26 +42,17 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
                 const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights,
                 const ffi::AnyBuffer& handle, const ffi::RemainingArgs& rest,
                 bool has_lora, float scaling, bool int8) {
-  check.Type("handle", handle, ffi::U32);
-  check.Shape("handle", handle, {2});
-  const auto* words = static_cast<const uint32_t*>(handle.untyped_data());
-
   Call call;
-  call.store = StoreRegistry::Get().Find({words[0], words[1]});
+  call.store = StoreRegistry::Get().Find<ExpertStore>(HandleOf(check, handle));
   const Geometry& geometry = call.store->geometry();
   LayerInputs& inputs = call.inputs;
   inputs.int8 = int8;
 
   inputs.x = {x.untyped_data(), check.Floating("x", x)};
-  if (x.dimensions().size() != 2)
-    check.Fail("x", "rank 2",
-               ToString({x.dimensions().begin(), x.dimensions().size()}));
-  inputs.tokens = x.dimensions()[0];
+  inputs.tokens = check.Rows("x", x);
   check.Shape("x", x, {inputs.tokens, geometry.hidden});
   check.Type("ids", ids, ffi::S32);
-  if (ids.dimensions().size() != 2)
-    check.Fail("ids", "rank 2",
-               ToString({ids.dimensions().begin(), ids.dimensions().size()}));
+  check.Rows("ids", ids);
   inputs.k = static_cast<int>(ids.dimensions()[1]);
   check.Shape("ids", ids, {inputs.tokens, inputs.k});
   check.Type("w", weights, ffi::F32);
@@ -143,17 +64,16 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
     LoRAOperands& lora = inputs.lora;
     lora.scaling = scaling;
     for (int i = 0; i < kLoRAArrays; ++i) {
-      const auto buffer = rest.get<ffi::AnyBuffer>(i);
-      if (!buffer.has_value()) check.Fail(kLoRANames[i], "an array", "nothing");
-      if (i == 0 && buffer->dimensions().size() == 3) {
-        lora.rank = static_cast<int>(buffer->dimensions()[1]);
+      const ffi::AnyBuffer buffer = Operand(check, rest, i, kLoRANames[i]);
+      if (i == 0 && buffer.dimensions().size() == 3) {
+        lora.rank = static_cast<int>(buffer.dimensions()[1]);
       }
-      lora.arrays[i] = {buffer->untyped_data(), check.Floating(kLoRANames[i], *buffer)};
+      lora.arrays[i] = {buffer.untyped_data(), check.Floating(kLoRANames[i], buffer)};
       if (lora.arrays[i].is_float32 != lora.arrays[0].is_float32) {
         check.Fail(kLoRANames[i], "the dtype of lora.gate_a",
-                   Name(buffer->element_type()));
+                   Name(buffer.element_type()));
       }
-      check.Shape(kLoRANames[i], *buffer, LoRAShape(geometry, i, lora.rank));
+      check.Shape(kLoRANames[i], buffer, LoRAShape(geometry, i, lora.rank));
     }
     if (lora.rank < 1 || lora.rank > 256) {
       check.Fail("lora", "a rank of 1 to 256", std::to_string(lora.rank));
@@ -162,38 +82,12 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
   return call;
 }
 
-ffi::AnyBuffer Result(const Checker& check, const ffi::RemainingRets& rets, size_t i,
-                      const char* name) {
-  auto result = rets.get<ffi::AnyBuffer>(i);
-  if (!result.has_value()) check.Fail(name, "a result", "none");
-  return **result;
-}
-
 std::vector<int64_t> MiddleShape(const Call& call) {
   const int64_t parts = call.inputs.x.is_float32 ? 2 : 1;
   return {call.slots(), parts * call.store->geometry().intermediate_padded()};
 }
 std::vector<int64_t> LowRankShape(const Call& call) {
   return {call.slots(), 6 * RoundUp(call.inputs.lora.rank, kDepth)};
-}
-
-// Runs `body` and turns what it throws into an FFI error: none may pass into XLA.
-ffi::Error Guard(const Checker& check, const std::function<void()>& body) {
-  const std::string prefix = std::string(check.operation()) + ": ";
-  try {
-    body();
-    return ffi::Error::Success();
-  } catch (const DeadHandleError& e) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, prefix + e.what());
-  } catch (const std::out_of_range& e) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, prefix + e.what());
-  } catch (const std::invalid_argument& e) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, prefix + e.what());
-  } catch (const std::bad_alloc& e) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, prefix + e.what());
-  } catch (const std::exception& e) {
-    return ffi::Error(ffi::ErrorCode::kInternal, prefix + e.what());
-  }
 }
 
 ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
@@ -241,11 +135,11 @@ ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer 
 
     Residuals residuals;
     auto residual = [&](size_t i, const char* name, std::vector<int64_t> shape) {
-      const auto buffer = rest.get<ffi::AnyBuffer>((has_lora ? kLoRAArrays : 0) + i);
-      if (!buffer.has_value()) check.Fail(name, "an array", "nothing");
-      check.Type(name, *buffer, ffi::BF16);
-      check.Shape(name, *buffer, std::move(shape));
-      return static_cast<bf16*>(buffer->untyped_data());
+      const ffi::AnyBuffer buffer =
+          Operand(check, rest, (has_lora ? kLoRAArrays : 0) + i, name);
+      check.Type(name, buffer, ffi::BF16);
+      check.Shape(name, buffer, std::move(shape));
+      return static_cast<bf16*>(buffer.untyped_data());
     };
     if (kept) {
       residuals.gate = residual(0, "kept gate", MiddleShape(call));

@@ -28,9 +28,10 @@ class Workspace {
     kUpValue,
     kLowRank,  // x Aᵀ of the three projections
     kLowRankGrad,
-    kPartial,  // low-rank sums of one sub-pool
-    kDots,     // <dh, h> of every row and column block
-    kSum,      // y or grad_x in float32
+    kTransposedLowRank,  // low-rank values of a projection, a row per rank
+    kPartial,            // low-rank sums of one sub-pool
+    kDots,               // <dh, h> of every row and column block
+    kSum,                // y or grad_x in float32
     kSlotCount,
   };
 

@@ -39,11 +39,11 @@ class BackwardPass : LoRAGradPass {
       first_block_.push_back(blocks_);
       blocks_ += Blocks(s);
       for (const Group& group : groups_) {
-        hidden_grad_tasks_.push_back(MakeBlockTasks(group, Blocks(s), threads));
+        hidden_grad_tasks_.push_back(MakeBlockTasks(group.blocks, Blocks(s), threads));
       }
     }
     if (gradients.x) {
-      sum_ = {gradients.x, inputs.tokens, geometry_, shard_count(), workspace};
+      sum_ = {gradients.x, inputs.tokens, geometry_.hidden, shard_count(), workspace};
     }
     dots_ = workspace.Get<float>(Workspace::kDots, 0, rows * blocks_);
     if (rank()) {
@@ -83,9 +83,6 @@ class BackwardPass : LoRAGradPass {
     kWeightGrad,
     kPhases,
   };
-
-  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
-  static constexpr int kSourcePanels = 12;
 
   // Column blocks of a shard's hidden gradient: 64 of the intermediate dimension.
   int Blocks(int s) const { return static_cast<int>(CeilDiv(shard(s).width, kPanel)); }
@@ -327,41 +324,6 @@ class BackwardPass : LoRAGradPass {
     AddTerms(terms, rows, strips, scratch);
     const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
     epilogue(scratch.tile, 0, rows);
-  }
-
-  // The product of rows with panels that are transposed first, kSourcePanels of
-  // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
-  // transposes source panels into scratch.panel and returns the terms of all rows with
-  // them.
-  template <typename Transposed, typename Touch, typename Epilogue>
-  void MultiplyTransposed(int sources, Transposed transposed, const Terms& lora,
-                          int rows, int strips, const Scratch& scratch,
-                          Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-    prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
-    for (int begin = 0; begin < rows; begin += kTransposedRows) {
-      const int end = std::min(rows, begin + kTransposedRows);
-      for (int source = 0; source < sources; source += kSourcePanels) {
-        const int count = std::min(kSourcePanels, sources - source);
-        const bool last = source + count == sources;
-        Terms terms = transposed(source, count);
-        if (last) terms.Add(lora);
-        ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
-          const int row = begin + first;
-          float* tile = scratch.tile + first * kPanel;
-          for (int r = row; last && r < row + tile_rows; ++r) touch(r);
-          const Terms tile_terms = terms.From(row);
-          const int64_t left = int64_t{end - row - tile_rows} * count +
-                               int64_t{end - begin} * (sources - source - count) +
-                               int64_t{rows - end} * sources;
-          const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
-          kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
-                        source > 0, fetch ? &prefetch : nullptr);
-          if (!last) return;
-          const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-          epilogue(tile, row, tile_rows);
-        });
-      }
-    }
   }
 
   // The depths [column, column + 16 strips) of `count` down panels as outputs.

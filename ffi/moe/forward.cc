@@ -12,7 +12,7 @@ class ForwardPass : Pass {
               const Residuals& residuals)
       : Pass(store, inputs, kPhases, residuals.gate ? kGroupBytes : kForwardGroupBytes),
         residuals_(residuals) {
-    sum_ = {y, inputs.tokens, geometry_, shard_count(), backend_.workspace};
+    sum_ = {y, inputs.tokens, geometry_.hidden, shard_count(), backend_.workspace};
     for (int s = 0; int8() && s < shard_count(); ++s) {
       Workspace& workspace = backend_.workspace;
       const size_t rows = max_group_rows_;
@@ -101,7 +101,7 @@ class ForwardPass : Pass {
                             store_.Down(s, expert, panel),
                             shard(s).width,
                             strips,
-                            expert,
+                            routing_.rows_of(expert),
                             {}};
         if (lora) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);

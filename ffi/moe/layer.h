@@ -6,16 +6,10 @@
 #include <cstdint>
 
 #include "base/types.h"
+#include "moe/arrays.h"
 #include "moe/store.h"
 
 namespace ktjax {
-
-// A row-major array of float32 or bfloat16 to fill, by address.
-struct MutableArray {
-  void* data = nullptr;
-  bool is_float32 = true;
-  explicit operator bool() const { return data != nullptr; }
-};
 
 struct LayerInputs {
   int64_t tokens = 0;

@@ -44,8 +44,7 @@ void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
                  strips, scratch);
   };
   auto multiply = [&](std::span<const GradFactor> factors) {
-    MultiplyOverRows(pack, row, routing_.rows_of(expert), end - begin, factors,
-                     scratch);
+    MultiplyExpert(pack, row, routing_.rows_of(expert), end - begin, factors, scratch);
   };
   if (of_x) {
     const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);
@@ -90,8 +89,7 @@ void LoRAGradPass::ShardGrad(const Group& group, int expert, int source,
     kernels_.pack_depths_bf16({base + rows.low, rows.stride}, depth, outputs, strips,
                               scratch.panel.low, stride);
   };
-  MultiplyOverRows(pack, row, routing_.rows_of(expert), Slice(s), {&factor, 1},
-                   scratch);
+  MultiplyExpert(pack, row, routing_.rows_of(expert), Slice(s), {&factor, 1}, scratch);
 }
 
 // Packs columns of a [tokens, hidden] array with the tokens of rows from `row` on as
@@ -114,45 +112,23 @@ void LoRAGradPass::PackGathered(ConstArray array, int row, int depth, int column
   }
 }
 
-// The gradients of `factors` over the rows of an expert and `columns` columns of a
-// source, which `pack(first row, depth, first column, outputs, strips)` brings to
-// scratch.panel with rows as depths.
+// As Products::MultiplyOverRows, over the `count` rows of an expert from `row` on.
 template <typename Pack>
-void LoRAGradPass::MultiplyOverRows(Pack pack, int row, int count, int columns,
-                                    std::span<const GradFactor> factors,
-                                    const Scratch& scratch) const {
+void LoRAGradPass::MultiplyExpert(Pack pack, int row, int count, int columns,
+                                  std::span<const GradFactor> factors,
+                                  const Scratch& scratch) const {
   const ptrdiff_t stride = RoundUp(std::max(count, 1), kDepth);
-  const int rank_rows = static_cast<int>(RoundUp(rank(), kernels_.max_rows));
+  RowFactor row_factors[2];
   for (size_t f = 0; f < factors.size(); ++f) {
-    TransposeLowRank(factors[f], row, count,
-                     scratch.transposed + 2 * f * rank() * stride, stride);
+    bf16* low_rank = scratch.transposed + 2 * f * rank() * stride;
+    TransposeLowRank(factors[f], row, count, low_rank, stride);
+    row_factors[f] = {{low_rank, stride, rank() * stride},
+                      factors[f].transposed,
+                      factors[f].grad,
+                      factors[f].stride};
   }
-  for (int column = 0; column < columns; column += kPanel) {
-    const int outputs = std::min(kPanel, columns - column);
-    const int strips = static_cast<int>(CeilDiv(outputs, kStrip));
-    if (count == 0) {
-      std::fill_n(scratch.tile, factors.size() * rank_rows * kPanel, 0.0f);
-    }
-    for (int from = 0; from < count; from += kMaxGradDepth) {
-      const int depth = std::min(kMaxGradDepth, count - from);
-      pack(from, depth, column, outputs, strips);
-      for (size_t f = 0; f < factors.size(); ++f) {
-        const SplitRows rows{scratch.transposed + 2 * f * rank() * stride + from,
-                             stride, rank() * stride};
-        Terms terms;
-        terms.Add(rows, scratch.panel, static_cast<int>(RoundUp(depth, 2)));
-        float* tile = scratch.tile + f * rank_rows * kPanel;
-        ForTiles(kernels_, rank(), [&](int first, int tile_rows) {
-          const Terms tile_terms = terms.From(first);
-          kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips,
-                        tile + first * kPanel, from > 0, nullptr);
-        });
-      }
-    }
-    for (size_t f = 0; f < factors.size(); ++f) {
-      StoreGrad(factors[f], scratch.tile + f * rank_rows * kPanel, column, outputs);
-    }
-  }
+  MultiplyOverRows(pack, count, columns, rank(), {row_factors, factors.size()},
+                   scratch);
 }
 
 // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low
@@ -173,20 +149,6 @@ void LoRAGradPass::TransposeLowRank(const GradFactor& factor, int row, int count
   }
   for (int i = 0; i < 2 * rank(); ++i) {
     std::fill(dst + i * stride + count, dst + (i + 1) * stride, bf16{0});
-  }
-}
-
-void LoRAGradPass::StoreGrad(const GradFactor& factor, const float* tile, int column,
-                             int outputs) const {
-  const int64_t offset = factor.transposed ? column * factor.stride : column;
-  if (factor.grad.is_float32) {
-    (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
-        tile, rank(), outputs, static_cast<float*>(factor.grad.data) + offset,
-        factor.stride);
-  } else {
-    (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
-        tile, rank(), outputs, static_cast<bf16*>(factor.grad.data) + offset,
-        factor.stride);
   }
 }
 

@@ -58,13 +58,11 @@ class LoRAGradPass : protected Pass {
   void PackGathered(ConstArray array, int row, int depth, int column, int outputs,
                     int strips, const Scratch& scratch) const;
   template <typename Pack>
-  void MultiplyOverRows(Pack pack, int row, int count, int columns,
-                        std::span<const GradFactor> factors,
-                        const Scratch& scratch) const;
+  void MultiplyExpert(Pack pack, int row, int count, int columns,
+                      std::span<const GradFactor> factors,
+                      const Scratch& scratch) const;
   void TransposeLowRank(const GradFactor& factor, int row, int count, bf16* dst,
                         ptrdiff_t stride) const;
-  void StoreGrad(const GradFactor& factor, const float* tile, int column,
-                 int outputs) const;
 };
 
 }  // namespace ktjax

@@ -5,9 +5,9 @@
 
 namespace ktjax {
 
-OutputSum::OutputSum(MutableArray result, int64_t tokens, const Geometry& geometry,
-                     int shards, Workspace& workspace)
-    : result_(result), hidden_(geometry.hidden), width_(geometry.hidden_padded()) {
+OutputSum::OutputSum(MutableArray result, int64_t tokens, int hidden, int shards,
+                     Workspace& workspace)
+    : result_(result), hidden_(hidden), width_(RoundUp(hidden, kDepth)) {
   if (result.is_float32 && hidden_ == width_) {
     in_result_ = result_stride_ = width_;
   } else if (!result.is_float32 && hidden_ == width_ && hidden_ % (2 * kPanel) == 0) {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "moe/arrays.h"
 #include "moe/backend.h"
-#include "moe/layer.h"
 #include "moe/schedule.h"
 
 namespace ktjax {
@@ -17,7 +17,7 @@ namespace ktjax {
 class OutputSum {
  public:
   OutputSum() = default;
-  OutputSum(MutableArray result, int64_t tokens, const Geometry& geometry, int shards,
+  OutputSum(MutableArray result, int64_t tokens, int hidden, int shards,
             Workspace& workspace);
 
   // The columns from 64 * panel on, of the first token.
@@ -45,7 +45,7 @@ class OutputSum {
  private:
   MutableArray result_;
   int64_t hidden_ = 0;
-  int64_t width_ = 0;            // hidden_padded
+  int64_t width_ = 0;            // hidden, rounded up to kDepth
   int64_t in_result_ = 0;        // columns of the first shard that lie in the result
   ptrdiff_t result_stride_ = 0;  // floats between its rows
   std::vector<float*> sums_;     // per shard; null where all lies in the result

@@ -9,66 +9,12 @@
 
 namespace ktjax {
 
-namespace {
-
-// Fetches the rows after the ones that are packed: a panel's rows of B are a few KiB,
-// and those of the next panel follow.
-template <typename T>
-void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
-  constexpr int64_t kMost = 8192;
-  const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
-  if (depth != rows.stride || bytes > kMost) return;
-  const char* line = reinterpret_cast<const char*>(rows.row(outputs));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-}
-
-}  // namespace
-
-void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
-                             int outputs, int64_t column, int depth, int strips,
-                             SplitPanel dst, ptrdiff_t dst_stride) const {
-  const int64_t offset = (expert * rows + row) * columns + column;
-  outputs = std::max(outputs, 0);
-  if (array.is_float32) {
-    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
-    FetchNextRows(src, outputs, depth);
-    kernels.pack_outputs_f32(src, outputs, depth, strips, dst.high, dst_stride);
-    if (dst.low) {
-      kernels.pack_outputs_low(src, outputs, depth, strips, dst.low, dst_stride);
-    }
-  } else {
-    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
-    FetchNextRows(src, outputs, depth);
-    kernels.pack_outputs_bf16(src, outputs, depth, strips, dst.high, dst_stride);
-  }
-}
-
-void LoRAMatrix::PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
-                            int64_t column, int outputs, int strips, SplitPanel dst,
-                            ptrdiff_t dst_stride) const {
-  const int64_t offset = (expert * rows + row) * columns + column;
-  outputs = std::max(outputs, 0);
-  if (array.is_float32) {
-    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
-    kernels.pack_depths_f32(src, depth, outputs, strips, dst.high, dst_stride);
-    if (dst.low) {
-      kernels.pack_depths_low(src, depth, outputs, strips, dst.low, dst_stride);
-    }
-  } else {
-    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
-    kernels.pack_depths_bf16(src, depth, outputs, strips, dst.high, dst_stride);
-  }
-}
-
 Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group,
            int64_t group_bytes)
-    : store_(store),
+    : Products(store, inputs.x.is_float32),
+      store_(store),
       geometry_(store.geometry()),
       inputs_(inputs),
-      backend_(*store.backend()),
-      kernels_(backend_.kernels),
-      epilogues_(*kernels_.epilogues),
-      lock_(backend_.mutex),
       routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
                      geometry_.experts)),
       groups_(MakeGroups(routing_, geometry_, group_bytes)) {
@@ -86,7 +32,8 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
       max_expert_rows_ = std::max(max_expert_rows_, routing_.rows_of(block.expert));
     }
     for (const Shard& shard : store.shards()) {
-      gate_up_tasks_.push_back(MakeBlockTasks(group, shard.width / kDepth, threads));
+      gate_up_tasks_.push_back(
+          MakeBlockTasks(group.blocks, shard.width / kDepth, threads));
     }
   }
   output_tasks_ = MakeOutputTasks(inputs.tokens, DownPanels(), threads);
@@ -340,7 +287,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                         store_.GateUp(s, expert, panel),
                         geometry_.hidden_padded(),
                         kPanelStrips,
-                        expert,
+                        routing_.rows_of(expert),
                         {}};
     if (rank()) {
       const LoRAArray bs[] = {kGateB, kUpB};

@@ -3,13 +3,13 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
-#include <chrono>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "moe/layer.h"
 #include "moe/output_sum.h"
+#include "moe/products.h"
 #include "moe/profile.h"
 #include "moe/routing.h"
 #include "moe/schedule.h"
@@ -18,24 +18,6 @@
 #include "moe/terms.h"
 
 namespace ktjax {
-
-// One LoRA array of the layer, [experts, rows, columns].
-struct LoRAMatrix {
-  ConstArray array;
-  int64_t rows;
-  int64_t columns;
-
-  // Packs rows [row, row + outputs) x columns [column, column + depth) of an expert's
-  // matrix as strips of a panel; see Kernels::pack_outputs_*. Its low part as well
-  // where dst has one.
-  void PackOutputs(const Kernels& kernels, int expert, int64_t row, int outputs,
-                   int64_t column, int depth, int strips, SplitPanel dst,
-                   ptrdiff_t dst_stride) const;
-  // The same with rows as depths and columns as outputs; see Kernels::pack_depths_*.
-  void PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
-                  int64_t column, int outputs, int strips, SplitPanel dst,
-                  ptrdiff_t dst_stride) const;
-};
 
 // Low-rank values (x Aᵀ and the like) are few and everything of LoRA passes through
 // them: as one bfloat16, a value of rank 1 would carry its whole rounding error of up
@@ -67,7 +49,7 @@ struct Activations {
   bf16* low_rank = nullptr;
 };
 
-class Pass {
+class Pass : protected Products {
  protected:
   Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_group,
        int64_t group_bytes);
@@ -80,9 +62,6 @@ class Pass {
   }
   int rank() const { return inputs_.lora.rank; }
   LoRAMatrix Matrix(LoRAArray which) const;
-  // float32 activations are carried in two parts, so that their results are exact to
-  // float32; bfloat16 ones in one.
-  bool exact() const { return inputs_.x.is_float32; }
   // Rows of [group rows, width] arrays of a shard, from `row` of the layer on. The
   // stride is 32 more than the width: rows a multiple of 4096 bytes apart share their
   // L1 sets.
@@ -100,67 +79,16 @@ class Pass {
   }
 
   Scratch MakeScratch(Arena& arena) const;
-  // Runs job(worker, scratch) on the pool, with the kernels' thread state set up.
+  // Runs job(worker, scratch) on the pool.
   template <typename Job>
-  void Run(Job job);
-
+  void Run(Job job) {
+    RunOnPool([this](Arena& arena) { return MakeScratch(arena); }, job);
+  }
   // Copies the rows of a [tokens, hidden] array that `block` names to scratch.rows,
   // zero up to hidden_padded.
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
-  // Prefetching is spread over so many passes through a panel. A kernel with larger
-  // tiles makes fewer, and then fetches what is left at its own rate.
-  static constexpr int kFetchRows = 6;
-  // The product of rows with base weights, and what is added to it.
-  struct BaseProduct {
-    SplitRows rows;
-    const Int8Rows* codes;  // the rows, quantised; null: base weights are decoded
-    BasePanel panel;
-    int depth;
-    int strips;
-    int expert;
-    Terms lora;
-  };
-  // Like Multiply below.
-  template <typename Touch, typename Epilogue>
-  void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
-                    Prefetch prefetch, Touch touch, Epilogue epilogue) const;
-  // scratch.tile = the product, where an expert has few rows and kernels multiply with
-  // its codes as they are. By all rows of the expert: how they are cut must not change
-  // a bit.
-  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
-                Prefetch prefetch) const {
-    if (!kernels_.dot_codes || exact()) return false;
-    if (routing_.rows_of(product.expert) > kMaxContractRows) return false;
-    prefetch.Spread(product.depth / 2);
-    return kernels_.dot_codes(product.rows.high, product.rows.stride, rows,
-                              product.panel.codes, product.depth, scratch.tile,
-                              prefetch.base ? &prefetch : nullptr);
-  }
-  static const char* Start(const BasePanel& panel) {
-    return panel.values ? reinterpret_cast<const char*>(panel.values)
-                        : reinterpret_cast<const char*>(panel.codes.codes);
-  }
-  // Fetches a panel of base weights.
-  Prefetch FetchPanel(const BasePanel& panel, int strips, int depth) const {
-    Prefetch prefetch;
-    prefetch.base = Start(panel);
-    prefetch.chunk_bytes = prefetch.total_bytes =
-        RoundUp(panel.Bytes(strips, depth), 2048);
-    return prefetch;
-  }
-  // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes
-  // apart.
-  Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
-                      int panels, int64_t stride) const {
-    Prefetch prefetch;
-    prefetch.base = Start(panel) + panel.PairBytes(strips, first);
-    prefetch.stride = stride;
-    prefetch.chunk_bytes = RoundUp(panel.PairBytes(strips, pairs), 2048);
-    prefetch.total_bytes = panels * prefetch.chunk_bytes;
-    return prefetch;
-  }
   // Fetches rows of h as well: other threads have written them.
   void FetchHidden(int s, const Group& group, const RowBlock& rows,
                    Prefetch& prefetch) const {
@@ -169,37 +97,6 @@ class Pass {
     prefetch.more_bytes =
         static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
   }
-
-  // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they
-  // are, or decoded in scratch.chunk.
-  const bf16* Pairs(const BasePanel& panel, int strips, int first, int pairs,
-                    const Scratch& scratch, Prefetch* prefetch) const {
-    if (panel.values)
-      return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
-    Decode(panel, first, pairs, scratch.chunk, prefetch, scratch);
-    return scratch.chunk;
-  }
-
-  void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
-              Prefetch* prefetch, const Scratch& scratch) const {
-    const WorkTimer timer(scratch.times, &WorkTimes::decode);
-    kernels_.decode(panel.codes, first, pairs, dst, prefetch);
-  }
-
-  // tile += terms.
-  void AddTerms(const Terms& terms, int rows, int strips,
-                const Scratch& scratch) const {
-    if (terms.count() == 0) return;
-    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true,
-                  nullptr);
-  }
-
-  // tile = rows x panel for all rows, in tiles. touch(row) fetches what the epilogue
-  // will need of a row, while the product hides the way from memory; epilogue(first,
-  // count) consumes a tile.
-  template <typename Touch, typename Epilogue>
-  void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
-                Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
   // With several shards these are parts of the contraction: they wait in partial_ until
@@ -224,21 +121,9 @@ class Pass {
                       const Scratch& scratch) const;
   void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
               const Scratch& scratch) const;
-  // Base weights have one part: kernels do not write to them.
-  static SplitPanel OnePart(const bf16* panel) {
-    return {const_cast<bf16*>(panel), nullptr};
-  }
   // Rows of h, quantised.
   Int8Rows HiddenCodes(int s, const Group& group, int row) const {
     return From(hidden_codes_[s], row - group.first_row);
-  }
-  static Int8Rows From(const Int8Rows& rows, int64_t first) {
-    return {rows.values + first * rows.stride,
-            rows.stride,
-            rows.scales + first * rows.group_stride,
-            rows.sums + first * rows.group_stride,
-            rows.group_stride,
-            rows.group};
   }
   // Whether base weights are multiplied as integers in the forward.
   bool int8() const { return inputs_.int8; }
@@ -251,12 +136,6 @@ class Pass {
   // Rounds sum_ to the result, once all workers have added to it.
   void FinishSum(const Scratch& scratch);
 
-  // Fetches `bytes` bytes to L2, to be read or (kWrite) overwritten.
-  template <bool kWrite>
-  static void Fetch(const void* data, int64_t bytes) {
-    const char* line = static_cast<const char*>(data);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, kWrite, 2);
-  }
   // The place of `row` of the layer in a shard's sums, to be added to.
   void FetchSum(int s, int row, int panel, int strips) const {
     const auto [data, stride] = sum_.At(s, panel);
@@ -320,22 +199,12 @@ class Pass {
     return exact() && rank() && inputs_.lora.arrays[0].is_float32;
   }
 
-  // Worker::Barrier, timed.
-  static bool Wait(Worker& worker, const Scratch& scratch) {
-    const WorkTimer timer(scratch.times, &WorkTimes::wait);
-    return worker.Barrier();
-  }
-
   Counters& counters() { return *counters_; }
   int CounterOf(int counter, int s) const { return counter * shard_count() + s; }
 
   const ExpertStore& store_;
   const Geometry& geometry_;
   const LayerInputs& inputs_;
-  Backend& backend_;
-  const Kernels& kernels_;
-  const Epilogues& epilogues_;
-  const std::unique_lock<std::mutex> lock_;  // the workspace is this pass's
   const Routing routing_;
   const std::vector<Group> groups_;
   std::vector<std::vector<BlockTask>> gate_up_tasks_;  // [group * shards + shard]
@@ -353,105 +222,6 @@ class Pass {
   int counter_count_ = 0;
   std::unique_ptr<Counters> counters_;
 };
-
-template <typename Job>
-void Pass::Run(Job job) {
-  Arena counting(nullptr);
-  MakeScratch(counting);
-  backend_.pool.Run([&](Worker& worker) {
-    Arena arena(worker.Scratch(counting.used()));
-    Scratch scratch = MakeScratch(arena);
-    struct ThreadState {
-      const Kernels& kernels;
-      explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }
-      ~ThreadState() { kernels.leave(); }
-    } state(kernels_);
-    if (worker.index() || !Profile::Get().enabled()) return job(worker, scratch);
-    WorkTimes times;
-    scratch.times = &times;
-    const uint64_t start = __rdtsc();
-    const auto clock = std::chrono::steady_clock::now();
-    job(worker, scratch);
-    const std::chrono::duration<double> seconds =
-        std::chrono::steady_clock::now() - clock;
-    times.Report(__rdtsc() - start, seconds.count());
-  });
-}
-
-template <typename Touch, typename Epilogue>
-void Pass::Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
-                    Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  prefetch.Spread(terms.data()[0].depth / 2 * CeilDiv(rows, kFetchRows));
-  ForTiles(kernels_, rows, [&](int first, int count) {
-    for (int row = first; row < first + count; ++row) touch(row);
-    const Terms tile_terms = terms.From(first);
-    const int64_t pairs = terms.data()[0].depth / 2;
-    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
-    kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
-                  false, fetch ? &prefetch : nullptr);
-    {
-      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-      epilogue(first, count);
-    }
-  });
-}
-
-template <typename Touch, typename Epilogue>
-void Pass::MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
-                        Prefetch prefetch, Touch touch, Epilogue epilogue) const {
-  const auto& [operand, codes, panel, depth, strips, expert, lora] = product;
-  if (codes) {
-    prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
-    ForTiles(kernels_, rows, [&](int first, int count) {
-      for (int row = first; row < first + count; ++row) touch(row);
-      kernels_.gemm_int8(store_.encoding().spec(), From(*codes, first), panel.codes,
-                         depth, count, scratch.tile, false,
-                         prefetch.base ? &prefetch : nullptr);
-      AddTerms(lora.From(first), count, strips, scratch);
-      {
-        const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-        epilogue(first, count);
-      }
-    });
-    return;
-  }
-  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
-    for (int row = 0; row < rows; ++row) touch(row);
-    AddTerms(lora, rows, strips, scratch);
-    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-    epilogue(0, rows);
-    return;
-  }
-  if (!panel.values && rows <= kernels_.max_rows && !exact()) {
-    // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
-    // are summed one after the other over all depths, as they are in other tiles.)
-    prefetch.Spread(depth);
-    for (int row = 0; row < rows; ++row) touch(row);
-    for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
-      const int pairs = std::min(kChunkPairs, depth / 2 - pair);
-      const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
-                                 prefetch.base ? &prefetch : nullptr);
-      const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
-      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
-                    prefetch.base ? &prefetch : nullptr);
-    }
-    AddTerms(lora, rows, strips, scratch);
-    {
-      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-      epilogue(0, rows);
-    }
-    return;
-  }
-  const bf16* values = panel.values;
-  if (!values) {
-    Decode(panel, 0, depth / 2, scratch.panel.high, nullptr, scratch);
-    values = scratch.panel.high;
-  }
-  Terms terms;
-  terms.Add(operand, OnePart(values), depth);
-  terms.Add(lora);
-  Multiply(terms, rows, strips, scratch, prefetch, touch, epilogue);
-}
 
 }  // namespace ktjax
 

@@ -13,7 +13,7 @@ StoreRegistry& StoreRegistry::Get() {
   return *registry;
 }
 
-Handle StoreRegistry::Add(std::shared_ptr<ExpertStore> store) {
+Handle StoreRegistry::Add(std::shared_ptr<BaseStore> store) {
   std::lock_guard lock(mutex_);
   auto free = std::find_if(entries_.begin(), entries_.end(),
                            [](const Entry& entry) { return entry.store == nullptr; });
@@ -22,21 +22,21 @@ Handle StoreRegistry::Add(std::shared_ptr<ExpertStore> store) {
   return {free->epoch, static_cast<uint32_t>(free - entries_.begin())};
 }
 
-std::shared_ptr<ExpertStore> StoreRegistry::Find(Handle handle) const {
+std::shared_ptr<BaseStore> StoreRegistry::Find(Handle handle) const {
   std::lock_guard lock(mutex_);
   if (handle.index < entries_.size()) {
     const Entry& entry = entries_[handle.index];
     if (entry.epoch == handle.epoch && entry.store) return entry.store;
   }
   throw DeadHandleError(
-      "the expert store with handle (" + std::to_string(handle.epoch) + ", " +
+      "the store with handle (" + std::to_string(handle.epoch) + ", " +
       std::to_string(handle.index) +
       ") is closed or belongs to another process; create it again and "
       "pass the new store");
 }
 
 void StoreRegistry::Remove(Handle handle) {
-  std::shared_ptr<ExpertStore> last;  // destroyed after the lock is released
+  std::shared_ptr<BaseStore> last;  // destroyed after the lock is released
   std::lock_guard lock(mutex_);
   if (handle.index >= entries_.size()) return;
   Entry& entry = entries_[handle.index];

@@ -7,9 +7,10 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "moe/store.h"
+#include "moe/base_store.h"
 
 namespace ktjax {
 
@@ -27,9 +28,18 @@ class StoreRegistry {
  public:
   static StoreRegistry& Get();
 
-  Handle Add(std::shared_ptr<ExpertStore> store);
+  Handle Add(std::shared_ptr<BaseStore> store);
   // Throws DeadHandleError. The result keeps the store alive while it is in use.
-  std::shared_ptr<ExpertStore> Find(Handle handle) const;
+  std::shared_ptr<BaseStore> Find(Handle handle) const;
+  // The same for a store of one class. Throws std::invalid_argument for another one.
+  template <typename Store>
+  std::shared_ptr<Store> Find(Handle handle) const {
+    const std::shared_ptr<BaseStore> store = Find(handle);
+    if (auto found = std::dynamic_pointer_cast<Store>(store)) return found;
+    throw std::invalid_argument("store: expected a handle of " +
+                                std::string(Store::kKind) + ", got one of " +
+                                std::string(store->kind()));
+  }
   // Calls in flight finish on the store; later ones get DeadHandleError.
   void Remove(Handle handle);
   int64_t size() const;
@@ -43,7 +53,7 @@ class StoreRegistry {
   uint32_t next_epoch_;
   struct Entry {
     uint32_t epoch = 0;
-    std::shared_ptr<ExpertStore> store;
+    std::shared_ptr<BaseStore> store;
   };
   std::vector<Entry> entries_;
 };

@@ -5,29 +5,41 @@ namespace {
 
 constexpr int64_t kMinGroupRows = 1024;
 
-// Rows that a thread packs at a time. They pass L2 once per panel (one byte a cycle),
-// so the bound is for scratch and for balance rather than for cache.
+// Of rows that a thread packs at a time. They pass L2 once per panel (one byte a
+// cycle), so the bound is for scratch and for balance rather than for cache.
 constexpr int64_t kBlockBytes = 2ll << 20;
 constexpr int kMinBlockRows = 32;
-constexpr int kMaxBlockRows = 512;
 
 // Streaming a panel from memory costs about as much as computing this many rows with
 // it.
 constexpr int64_t kPanelCostInRows = 16;
-constexpr int kTasksPerThread = 6;
 // Output tasks are all alike, and each of them reads every row of the group.
 constexpr int kOutputTasksPerThread = 3;
 constexpr int kMinTokensPerTask = 64;
 
 }  // namespace
 
+int BlockRows(int width) {
+  return static_cast<int>(
+      std::clamp<int64_t>(kBlockBytes / (sizeof(bf16) * RoundUp(width, kDepth)),
+                          kMinBlockRows, kMaxBlockRows));
+}
+
+void AppendBlocks(int expert, int first, int rows, int block_rows,
+                  std::vector<RowBlock>& blocks) {
+  int done = 0;
+  for (int64_t left = CeilDiv(rows, block_rows); left > 0; --left) {
+    const int count = static_cast<int>(CeilDiv(rows - done, left));
+    blocks.push_back({expert, first + done, count});
+    done += count;
+  }
+}
+
 std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
                               int64_t group_bytes) {
   const int64_t row_bytes = sizeof(bf16) * geometry.intermediate_padded();
   const int64_t limit = std::max(kMinGroupRows, group_bytes / row_bytes);
-  const int block_rows = static_cast<int>(
-      std::clamp<int64_t>(kBlockBytes / (sizeof(bf16) * geometry.hidden_padded()),
-                          kMinBlockRows, kMaxBlockRows));
+  const int block_rows = BlockRows(geometry.hidden);
   std::vector<Group> groups;
   for (int e = 0; e < geometry.experts; ++e) {
     const int rows = routing.rows_of(e);
@@ -38,23 +50,20 @@ std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
     group.last_expert = e + 1;
     group.last_row += rows;
     if (rows > 0) group.active.push_back(e);
-    for (int64_t blocks = CeilDiv(rows, block_rows), done = 0; blocks > 0; --blocks) {
-      const int count = static_cast<int>(CeilDiv(rows - done, blocks));
-      group.blocks.push_back({e, routing.offsets[e] + static_cast<int>(done), count});
-      done += count;
-    }
+    AppendBlocks(e, routing.offsets[e], rows, block_rows, group.blocks);
   }
   return groups;
 }
 
-std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int threads) {
+std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int panels,
+                                      int threads, int tasks_per_thread) {
   int64_t total = 0;
-  for (const RowBlock& block : group.blocks) {
+  for (const RowBlock& block : blocks) {
     total += (block.count + kPanelCostInRows) * panels;
   }
-  const int64_t share = std::max<int64_t>(1, total / (threads * kTasksPerThread));
+  const int64_t share = std::max<int64_t>(1, total / (threads * tasks_per_thread));
   std::vector<BlockTask> tasks;
-  for (const RowBlock& block : group.blocks) {
+  for (const RowBlock& block : blocks) {
     const int64_t cost = (block.count + kPanelCostInRows) * panels;
     const int parts =
         static_cast<int>(std::clamp<int64_t>(CeilDiv(cost, share), 1, panels));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "moe/routing.h"
@@ -56,11 +57,25 @@ inline constexpr int64_t kSmallGroupBytes = 2ll << 20;
 // A forward that keeps nothing is either a small one or one that saves memory.
 inline constexpr int64_t kForwardGroupBytes = 4ll << 20;
 
+// Rows that are multiplied with a panel at a time, at most.
+inline constexpr int kMaxBlockRows = 512;
+// Rows of `width` values that a thread packs at a time.
+int BlockRows(int width);
+
+// Appends `rows` rows of an expert from row `first` on, in equal blocks of at most
+// `block_rows`.
+void AppendBlocks(int expert, int first, int rows, int block_rows,
+                  std::vector<RowBlock>& blocks);
+
 std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
                               int64_t group_bytes);
 
+inline constexpr int kTasksPerThread = 6;
+
 // `panels` panels for every block, cut along panels until there is work for `threads`.
-std::vector<BlockTask> MakeBlockTasks(const Group& group, int panels, int threads);
+std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int panels,
+                                      int threads,
+                                      int tasks_per_thread = kTasksPerThread);
 
 std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads);
 

@@ -11,47 +11,12 @@
 namespace ktjax {
 namespace {
 
-// Packs rows `first ..` of one expert's matrix [outputs, depth] as strips of a panel.
-void PackStrips(const Kernels& kernels, const SourceMatrix& matrix, int64_t stride,
-                int64_t offset, int outputs, int depth, int strips, bf16* dst,
-                ptrdiff_t dst_stride) {
-  outputs = std::max(outputs, 0);
-  if (matrix.type == SourceMatrix::Type::kFloat32) {
-    const Rows<float> rows{static_cast<const float*>(matrix.values) + offset, stride};
-    kernels.pack_outputs_f32(rows, outputs, depth, strips, dst, dst_stride);
-  } else {
-    const Rows<bf16> rows{static_cast<const bf16*>(matrix.values) + offset, stride};
-    kernels.pack_outputs_bf16(rows, outputs, depth, strips, dst, dst_stride);
-  }
-}
-
-// The matrix [outputs, depth] of one expert in plain arrays, which `encoded` holds
-// where the source is not quantised.
+// The matrix [outputs, depth] of one expert in plain arrays.
 PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expert,
                   int outputs, int depth, const char* name, EncodedMatrix& encoded) {
-  const int64_t values = int64_t{expert} * outputs * depth;
-  switch (source.type) {
-    case SourceMatrix::Type::kFloat32:
-      encoded.Encode(encoding, static_cast<const float*>(source.values) + values,
-                     outputs, depth, name, expert);
-      return encoded.plain();
-    case SourceMatrix::Type::kBf16:
-      encoded.Encode(encoding, static_cast<const bf16*>(source.values) + values,
-                     outputs, depth, name, expert);
-      return encoded.plain();
-    case SourceMatrix::Type::kPlain:
-      break;
-  }
-  const int64_t codes = expert * outputs * encoding.code_columns(depth);
-  const int64_t scales =
-      expert * encoding.scale_rows(outputs) * encoding.scale_columns(depth);
-  const PlainMatrix plain{static_cast<const uint8_t*>(source.values) + codes,
-                          static_cast<const uint8_t*>(source.scales) +
-                              scales * ScaleBytes(encoding.spec().scale),
-                          source.zeros ? source.zeros + scales : nullptr, outputs,
-                          depth};
-  CheckPlain(encoding, plain, name, expert);
-  return plain;
+  return PlainRows(encoding, source, int64_t{expert} * outputs,
+                   expert * encoding.scale_rows(outputs), outputs, depth,
+                   {name, expert, 0}, encoded);
 }
 
 // To be packed.
@@ -63,9 +28,8 @@ uint8_t* Memory(const BasePanel& panel) {
 
 ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
                          const Encoding& encoding, const Encoding& down_encoding)
-    : backend_(std::move(backend)),
+    : BaseStore(std::move(backend), encoding),
       geometry_(geometry),
-      encoding_(encoding),
       down_encoding_(down_encoding) {
   CheckDepth(encoding, geometry.hidden, "gate");
   CheckDepth(down_encoding, geometry.intermediate, "down");
@@ -91,24 +55,6 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     memory_.emplace_back(geometry_.experts * BlockSize(s),
                          backend_->pool.NumaNodeOf(s));
   }
-}
-
-size_t ExpertStore::bytes() const {
-  size_t total = 0;
-  for (const AlignedBuffer& buffer : memory_) total += buffer.size();
-  return total;
-}
-
-int64_t ExpertStore::PanelStride(const Encoding& encoding, int depth) {
-  const BasePanel panel = At(encoding, nullptr, kPanelStrips, depth);
-  return panel.Bytes(kPanelStrips, depth) +
-         (depth >= 512 ? panel.PairBytes(kPanelStrips, kDepth / 2) : 0);
-}
-
-BasePanel ExpertStore::At(const Encoding& encoding, const uint8_t* memory, int strips,
-                          int depth) {
-  if (!IsQuantised(encoding)) return {reinterpret_cast<const bf16*>(memory), {}};
-  return {nullptr, PanelLayout(encoding, strips, depth).At(memory)};
 }
 
 void ExpertStore::PackGateUpValues(const SourceWeights& source, int shard, int expert) {

@@ -5,22 +5,15 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string_view>
+#include <utility>
 #include <vector>
 
-#include "base/aligned.h"
 #include "base/types.h"
-#include "format/encode.h"
-#include "format/panel.h"
-#include "moe/backend.h"
+#include "moe/arrays.h"
+#include "moe/base_store.h"
 
 namespace ktjax {
-
-// A row-major array of float32 or bfloat16, by address.
-struct ConstArray {
-  const void* data = nullptr;
-  bool is_float32 = true;
-  explicit operator bool() const { return data != nullptr; }
-};
 
 // The order of the six LoRA arrays wherever they come as a list.
 enum LoRAArray { kGateA, kGateB, kUpA, kUpB, kDownA, kDownB, kLoRAArrays };
@@ -58,36 +51,11 @@ struct Geometry {
   }
 };
 
-// One matrix of all experts, row-major: float32 or bfloat16 values, or the plain arrays
-// of a quantised format (format/panel.h), an expert after the other.
-struct SourceMatrix {
-  enum class Type { kFloat32, kBf16, kPlain };
-  Type type;
-  const void* values;
-  const void* scales = nullptr;
-  const uint8_t* zeros = nullptr;
-};
-
 // gate, up [experts, intermediate, hidden], down [experts, hidden, intermediate].
 struct SourceWeights {
   SourceMatrix gate;
   SourceMatrix up;
   SourceMatrix down;
-};
-
-// A panel of base weights: bfloat16 values, or (null) codes.
-struct BasePanel {
-  const bf16* values;
-  QuantPanel codes;  // of values the format alone, kBf16
-
-  // Of a panel of so many strips and depths, scales counted.
-  int64_t Bytes(int strips, int depth) const {
-    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2) : codes.bytes;
-  }
-  // Of so many depth pairs, a multiple of 16, scales not counted.
-  int64_t PairBytes(int strips, int64_t pairs) const {
-    return 2 * pairs * kStrip * strips * SpecOf(codes.format).bits() / 8;
-  }
 };
 
 // Layout, for every shard and expert one block of panels (gemm/kernel.h):
@@ -98,8 +66,10 @@ struct BasePanel {
 // `width`.
 // In a quantised format a panel is a QuantPanel; a shard begins at a multiple of the
 // group. down may be in another format than gate and up.
-class ExpertStore {
+class ExpertStore final : public BaseStore {
  public:
+  static constexpr std::string_view kKind = "ExpertStore";
+
   // Throws std::invalid_argument when the geometry cannot be split over the sub-pools.
   ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
               const Encoding& encoding, const Encoding& down_encoding);
@@ -122,17 +92,15 @@ class ExpertStore {
     return lora_;
   }
 
+  std::string_view kind() const override { return kKind; }
   const Geometry& geometry() const { return geometry_; }
-  // Of gate and up, and of down.
-  const Encoding& encoding() const { return encoding_; }
+  // Of down; `encoding` is that of gate and up.
   const Encoding& down_encoding() const { return down_encoding_; }
   // Whether any matrix has panels of codes.
   bool quantised() const {
     return IsQuantised(encoding_) || IsQuantised(down_encoding_);
   }
-  const std::shared_ptr<Backend>& backend() const { return backend_; }
   const std::vector<Shard>& shards() const { return shards_; }
-  size_t bytes() const;
 
   BasePanel GateUp(int shard, int expert, int panel) const {
     return At(encoding_, Block(shard, expert) + panel * GateUpStride(), kPanelStrips,
@@ -156,15 +124,6 @@ class ExpertStore {
   }
 
  private:
-  static bool IsQuantised(const Encoding& encoding) {
-    return encoding.format != Format::kBf16;
-  }
-  static BasePanel At(const Encoding& encoding, const uint8_t* memory, int strips,
-                      int depth);
-  // Large panels are 32 depths further apart than they are long. The backward reads the
-  // same rows of every panel of an expert: a power of two apart (256 KiB for a hidden
-  // size of 2048), they would share a few sets of L1 and L2 and evict one another.
-  static int64_t PanelStride(const Encoding& encoding, int depth);
   int64_t GateUpSize(int shard) const {
     return shards_[shard].width / kDepth * GateUpStride();
   }
@@ -183,12 +142,9 @@ class ExpertStore {
   void PackDownCodes(const SourceWeights& source, int shard, int expert,
                      EncodedMatrix& encoded);
 
-  std::shared_ptr<Backend> backend_;
   Geometry geometry_;
-  Encoding encoding_;
   Encoding down_encoding_;
   std::vector<Shard> shards_;
-  std::vector<AlignedBuffer> memory_;  // one per shard, on its node
   mutable std::mutex lora_mutex_;
   std::shared_ptr<const RegisteredLoRA> lora_;
 };

@@ -21,9 +21,10 @@ from ktjax.models.attention import (
 from ktjax.models.config import ModelConfig
 from ktjax.models.latent_attention import LatentAttention, MLAConfig
 from ktjax.models.remat import recomputed
-from ktjax.nn import GatedMLP, MoELayer, Routing
+from ktjax.nn import FrozenLinear, GatedMLP, MoELayer, Routing
 from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
+from ktjax.nn.vocabulary import token_losses
 
 Array = Any
 
@@ -244,17 +245,48 @@ class Decoder(nnx.Module):
         logits = self.logits(output.hidden)
         return (logits, output.routings) if return_routings else logits
 
+    def token_losses(
+        self,
+        input_ids: Array,
+        targets: Array,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> tuple[Array, tuple[Routing, ...]]:
+        """What every token costs, and what the routers did.
+
+        The logits of a large vocabulary are computed in chunks of tokens; see
+        `ktjax.nn.token_losses`.
+
+        Args:
+          input_ids: `[batch, sequence]` int32.
+          targets: `[batch, sequence]` int32, the tokens to predict.
+          positions: as in `forward`.
+          segment_ids: as in `forward`.
+
+        Returns:
+          -log p(target) `[batch, sequence]` in float32, and `DecoderOutput.routings`.
+        """
+        output = self.forward(input_ids, positions=positions, segment_ids=segment_ids)
+        losses = token_losses(
+            self.logits, output.hidden, targets, self.config.vocab_size
+        )
+        return losses, output.routings
+
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """The layers that have experts, with their indices."""
         layers = enumerate(self.layers)
         return [(i, lay.mlp) for i, lay in layers if isinstance(lay.mlp, MoELayer)]
 
     def close(self) -> None:
-        """Free the expert stores; the model cannot be called any more."""
+        """Free the stores; the model cannot be called any more."""
         for _, layer in self.moe_layers():
             close = getattr(layer.experts, "close", None)
             if close is not None:
                 close()
+        for _, part in nnx.iter_graph(self):
+            if isinstance(part, FrozenLinear):
+                part.close()
 
     def _positions(
         self,

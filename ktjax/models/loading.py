@@ -18,8 +18,9 @@ from ktjax.io import Checkpoint, read_experts
 from ktjax.io.stored import read_dense
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
-from ktjax.nn import GatedMLP, ReferenceExperts, RoutedExperts
+from ktjax.nn import FrozenLinear, GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
+from ktjax.store_linear import LinearStore
 
 EXPERTS = ("auto", *ENCODED_FORMATS, "reference")
 
@@ -38,6 +39,7 @@ def from_pretrained(
     group_size: int | None = None,
     zero_point: bool = False,
     compute: Literal["bf16", "int8"] | None = None,
+    dense: str | None = None,
     dtype: Any = jnp.bfloat16,
     lora: LoRAConfig | None = None,
     activation_policy: Literal["save", "recompute"] = "save",
@@ -61,6 +63,13 @@ def from_pretrained(
         checkpoint has, or else 128.
       zero_point: for int4_kgroup: quantise with zero points.
       compute: "bf16", "int8" or None, as in `ktjax.moe`.
+      dense: where the projections of attention, dense layers and shared experts and
+        the output head are computed: a storage format puts them into stores, for
+        `ktjax.linear`; "xla" leaves them to XLA. None, what is fastest without changing
+        a value: a bfloat16 store for those of 65536 weights and more that bfloat16
+        holds exactly as they are in `dtype`; XLA for the others, and for all with
+        experts="reference". Routers, norms, tied heads and MLA's kv_b_proj are always
+        XLA's.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
       lora: adapters on every layer's experts, or None.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
@@ -92,6 +101,13 @@ def from_pretrained(
             "from_pretrained: group_size and zero_point need a format, got "
             f"experts={experts!r}"
         )
+    if dense not in (None, "xla", *ENCODED_FORMATS):
+        raise ValueError(
+            "from_pretrained: dense must be None, xla or one of "
+            f"{', '.join(ENCODED_FORMATS)}, got {dense!r}"
+        )
+    if dense is None and experts == "reference":
+        dense = "xla"
     if experts != "auto":  # else each layer's store decides
         check_compute(compute, experts, where="from_pretrained")
     dtype = jnp.dtype(dtype)
@@ -107,13 +123,17 @@ def from_pretrained(
             config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
         )
     )
-    for name, variable, transpose in _dense_tensors(model):
-        name = _name_in(checkpoint, config.model_type, name)
-        _assign(checkpoint, name, variable, transpose)
     layers = model.moe_layers()
     if lora is not None:
         lora.check_patterns(experts_name(index) for index, _ in layers)
     try:
+        if dense != "xla":
+            for at, owner, part in list(_projections(model)):
+                name = _name_in(checkpoint, config.model_type, f"{at}.weight")
+                _store_projection(checkpoint, name, owner, part, dense, dtype)
+        for name, variable, transpose in _dense_tensors(model):
+            name = _name_in(checkpoint, config.model_type, name)
+            _assign(checkpoint, name, variable, transpose)
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
             if lora is not None:
@@ -184,6 +204,65 @@ def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
         yield from _layer_tensors(f"model.layers.{index}", layer)
 
 
+# Weights from which on a store is faster. A call costs 3 microseconds more than one of
+# XLA's own products, as much as 256 x 256 weights take for a single row.
+_LEAST_STORED = 1 << 16
+
+# Parts whose matrix is used otherwise than in a product with their input.
+_NO_PRODUCTS = ("kv_b_proj",)
+
+
+def _projections(model: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
+    """The usual name of each projection, the module it is a part of, and which part."""
+    if model.head is not None:
+        yield "lm_head", model, "head"
+    for index, layer in enumerate(model.layers):
+        at, mlp = f"model.layers.{index}", layer.mlp
+        owners: dict[str, Any] = {f"{at}.self_attn": layer.attention}
+        if isinstance(mlp, GatedMLP):
+            owners[f"{at}.mlp"] = mlp
+        elif mlp.shared_experts is not None:
+            owners[f"{at}.mlp.shared_experts"] = mlp.shared_experts
+        for name, owner in owners.items():
+            for part, module in vars(owner).items():
+                if isinstance(module, nnx.Linear) and part not in _NO_PRODUCTS:
+                    yield f"{name}.{part}", owner, part
+
+
+def _store_projection(
+    checkpoint: Checkpoint,
+    name: str,
+    owner: nnx.Module,
+    part: str,
+    format: str | None,
+    dtype: Any,
+) -> None:
+    """Put one projection into a store; `format` None: where that is for the better."""
+    module = getattr(owner, part)
+    if format is None and module.kernel.size < _LEAST_STORED:
+        return
+    tensor = _read(checkpoint, name, module.kernel.shape[::-1])
+    if format is None:
+        # A model in bfloat16 holds it in bfloat16 anyway.
+        if dtype != jnp.bfloat16 and not _is_bfloat16(tensor):
+            return
+        format = "bf16"
+    try:
+        store = LinearStore.from_array(tensor, format=format)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
+    setattr(owner, part, FrozenLinear(store, module.bias))
+
+
+def _is_bfloat16(tensor: np.ndarray[Any, Any]) -> bool:
+    """Whether every value is a bfloat16 number."""
+    if tensor.dtype == jnp.bfloat16:
+        return True
+    # The bits that bfloat16 lacks; NaNs keep their payloads, which nobody reads.
+    bits = np.ascontiguousarray(tensor).view(np.uint32)
+    return not np.bitwise_or.reduce(bits, axis=None) & 0xFFFF
+
+
 def _layer_tensors(at: str, layer: DecoderLayer) -> Iterator[tuple[str, Any, bool]]:
     mlp = layer.mlp
     yield from _part_tensors(f"{at}.input_layernorm", layer.input_norm)
@@ -206,17 +285,18 @@ def _layer_tensors(at: str, layer: DecoderLayer) -> Iterator[tuple[str, Any, boo
 def _children_tensors(at: str, module: nnx.Module) -> Iterator[tuple[str, Any, bool]]:
     """Of a module whose parts are named as in the file."""
     for name, part in vars(module).items():
-        if isinstance(part, nnx.Linear | nnx.RMSNorm):
+        if isinstance(part, nnx.Linear | nnx.RMSNorm | FrozenLinear):
             yield from _part_tensors(f"{at}.{name}", part)
 
 
 def _part_tensors(
-    at: str, part: nnx.Linear | nnx.RMSNorm
+    at: str, part: nnx.Linear | nnx.RMSNorm | FrozenLinear
 ) -> Iterator[tuple[str, Any, bool]]:
     if isinstance(part, nnx.RMSNorm):
         yield f"{at}.weight", part.scale, False
         return
-    yield f"{at}.weight", part.kernel, True
+    if isinstance(part, nnx.Linear):  # a FrozenLinear has its weights already
+        yield f"{at}.weight", part.kernel, True
     if part.bias is not None:
         yield f"{at}.bias", part.bias, False
 
@@ -233,12 +313,12 @@ def _name_in(checkpoint: Checkpoint, model_type: str, name: str) -> str:
     return name
 
 
-def _assign(
-    checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
-) -> None:
+def _read(
+    checkpoint: Checkpoint, name: str, expected: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """A dense tensor of the shape that config.json asks for."""
     at = name.removesuffix(".weight")
     tensor = checkpoint[name] if at == name else read_dense(checkpoint, at)
-    expected = variable.shape[::-1] if transpose else variable.shape
     if tensor.shape != expected:
         raise ValueError(
             f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, config.json "
@@ -249,6 +329,14 @@ def _assign(
             f"{checkpoint.path}: {name} has dtype {tensor.dtype}, expected bfloat16 or "
             "float32"
         )
+    return tensor
+
+
+def _assign(
+    checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
+) -> None:
+    expected = variable.shape[::-1] if transpose else variable.shape
+    tensor = _read(checkpoint, name, expected)
     value = tensor.T if transpose else tensor
     # The copy matters: an array that aliases the file would fault in its pages later,
     # and change if the file did.

@@ -1,7 +1,9 @@
-"""Flax modules: routed experts, the router, and the layer made of both."""
+"""Flax modules: routed experts, the router, the layer made of both, projections."""
 
+from ktjax.experts_state import StoreHandle
 from ktjax.nn.dense import GatedMLP, linear
-from ktjax.nn.experts import ReferenceExperts, RoutedExperts, StoreHandle
+from ktjax.nn.experts import ReferenceExperts, RoutedExperts
+from ktjax.nn.frozen import FrozenLinear
 from ktjax.nn.layer import MoELayer
 from ktjax.nn.router import (
     CorrectionBias,
@@ -12,9 +14,11 @@ from ktjax.nn.router import (
     load_shares,
     routing_statistics,
 )
+from ktjax.nn.vocabulary import token_losses
 
 __all__ = [
     "CorrectionBias",
+    "FrozenLinear",
     "GatedMLP",
     "MoELayer",
     "ReferenceExperts",
@@ -27,4 +31,5 @@ __all__ = [
     "load_balancing_loss",
     "load_shares",
     "routing_statistics",
+    "token_losses",
 ]

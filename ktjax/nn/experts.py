@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ktjax.config import MAX_LORA_RANK
-from ktjax.experts_state import StoreForm, StoreHandle
 from ktjax.lora import LoRA
+from ktjax.nn.stored import Stored
 from ktjax.ops import reference
 from ktjax.ops.api import moe
 from ktjax.quant.formats import check_compute
 from ktjax.store import ExpertStore
 
 Array = Any
-
-
-# Who keeps a store's memory alive. Not an attribute of the module: attributes become
-# part of jit's cache keys, which would hold gigabytes of weights after the last module.
-_STORES: weakref.WeakKeyDictionary[nnx.Module, ExpertStore] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class FrozenExperts(nnx.Variable):
@@ -78,13 +69,12 @@ class _Adapted(nnx.Module):
         return LoRA(*(getattr(self, name)[...] for name in LoRA.NAMES))
 
 
-class RoutedExperts(_Adapted):
+class RoutedExperts(_Adapted, Stored):
     """The experts of one layer: an expert store and, with a rank, trainable LoRA.
 
-    The module keeps its store alive and `close` frees it. Copies that nnx makes of the
-    module (`merge`, `clone`) have the handle only: keep the module that was built as
-    long as they are in use. The six adapters are `nnx.LoRAParam`s named as in
-    `ktjax.LoRA`, so `nnx.DiffState(0, nnx.LoRAParam)` selects exactly them.
+    The module keeps its store alive and `close` frees it; of copies see `Stored`. The
+    six adapters are `nnx.LoRAParam`s named as in `ktjax.LoRA`, so
+    `nnx.DiffState(0, nnx.LoRAParam)` selects exactly them.
 
     Attributes:
       handle: the store's handle, a `StoreHandle`.
@@ -121,20 +111,11 @@ class RoutedExperts(_Adapted):
             store's format does not have.
         """
         check_compute(compute, store.format, where="routed experts")
-        _STORES[self] = store
-        (handle,), structure = jax.tree.flatten(store)
-        self._form = StoreForm(structure)
-        # A copy: a step that donates the module must not take the store's own handle.
-        self.handle = StoreHandle(jnp.array(handle))
+        self._hold(store)
         self.activation_policy = activation_policy
         self.compute = compute
         geometry = (store.num_experts, store.intermediate_size, store.hidden_size)
         self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
-
-    @property
-    def store(self) -> ExpertStore:
-        """The store behind the handle, which may be a tracer: a view, no owner."""
-        return self._form.store(self.handle[...])
 
     def __call__(self, x: Array, ids: Array, w: Array) -> Array:
         """Sum of the chosen experts' outputs; pure and differentiable.
@@ -157,14 +138,6 @@ class RoutedExperts(_Adapted):
             activation_policy=self.activation_policy,
             compute=self.compute,
         )
-
-    def close(self) -> None:
-        """Free the store; every later call is an error.
-
-        Raises:
-          RuntimeError: this is a copy; close the module that was built.
-        """
-        _STORES.get(self, self.store).close()
 
 
 class ReferenceExperts(_Adapted):

@@ -14,6 +14,7 @@ from ktjax.ops import vjp
 from ktjax.ops.native import Spec
 from ktjax.quant.formats import check_compute
 from ktjax.store import ExpertStore
+from ktjax.store_base import check_handle
 
 Array = Any
 
@@ -134,11 +135,7 @@ def _check(
         handle = jnp.asarray(store)
         if lora is not None and jnp.ndim(lora.gate_b) == 3:
             experts, intermediate = lora.gate_b.shape[:2]
-    if handle.shape != (2,) or handle.dtype != jnp.uint32:
-        raise ValueError(
-            "moe: store: expected an ExpertStore or its handle, uint32[2], got "
-            f"{handle.dtype}{list(handle.shape)}"
-        )
+    check_handle(handle, ExpertStore, where="moe")
     if lora is not None:
         lora.validate(experts, x.shape[-1], intermediate)
     return handle, intermediate

@@ -97,11 +97,11 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
         args = (x, ids, w, handle, lora)
         shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[4]))
         if not shared:
-            out = _one_by_one(call, in_batched, args)
+            out = one_by_one(call, in_batched, args)
         else:
             # Kept values have a row per slot, so a batch of tokens is just more tokens.
-            rows = _fold(axis_size, in_batched[:3], args[:3])
-            out = _unfold(axis_size, call(*rows, handle, lora))
+            rows = fold(axis_size, in_batched[:3], args[:3])
+            out = unfold(axis_size, call(*rows, handle, lora))
         return out, jax.tree.map(lambda _: True, out)
 
     return call
@@ -149,21 +149,21 @@ def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
         shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[5]))
         if needs.lora or not shared:
             # Every element of the batch has a LoRA gradient of its own.
-            out = _one_by_one(call, in_batched, args)
+            out = one_by_one(call, in_batched, args)
         else:
-            tokens = _fold(
+            tokens = fold(
                 axis_size,
                 [*in_batched[:3], in_batched[4], in_batched[6]],
                 [x, ids, w, gy, kept],
             )
             x, ids, w, gy, kept = tokens
-            out = _unfold(axis_size, call(x, ids, w, handle, gy, lora, kept))
+            out = unfold(axis_size, call(x, ids, w, handle, gy, lora, kept))
         return out, jax.tree.map(lambda _: True, out)
 
     return call
 
 
-def _fold(axis_size: int, in_batched: Any, args: Any) -> Any:
+def fold(axis_size: int, in_batched: Any, args: Any) -> Any:
     """`[batch, rows, ...]` to `[batch * rows, ...]`, repeating what is not batched."""
 
     def fold(is_batched: bool, value: Array) -> Array:
@@ -174,13 +174,15 @@ def _fold(axis_size: int, in_batched: Any, args: Any) -> Any:
     return jax.tree.map(fold, list(in_batched), list(args))
 
 
-def _unfold(axis_size: int, out: Any) -> Any:
+def unfold(axis_size: int, out: Any) -> Any:
+    """The reverse of `fold`, for every array of a tree."""
     return jax.tree.map(
         lambda v: v.reshape(axis_size, v.shape[0] // axis_size, *v.shape[1:]), out
     )
 
 
-def _one_by_one(call: Callable[..., Any], in_batched: Any, args: Any) -> Any:
+def one_by_one(call: Callable[..., Any], in_batched: Any, args: Any) -> Any:
+    """`call(*args)` for one element of the batch after the other."""
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(in_batched)
     batched = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]

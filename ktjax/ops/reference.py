@@ -1,4 +1,4 @@
-"""The pure-JAX mixture of LoRA experts: the oracle of every kernel."""
+"""The operations in pure JAX and float32: the oracle of every kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ktjax.lora import LoRA
+from ktjax.lora import LinearLoRA, LoRA
 
 Array = Any
 
@@ -47,25 +47,17 @@ def moe(
       `[..., hidden]` in the dtype of x.
     """
     f32 = jnp.float32
-    exact = jax.lax.Precision.HIGHEST
     hidden = x.shape[-1]
     rows = x.reshape(-1, hidden).astype(f32)
     slot_ids = ids.reshape(-1, ids.shape[-1])
     slot_w = w.reshape(-1, w.shape[-1]).astype(f32)
 
-    def project(rows, weight, a, b):
-        out = jnp.matmul(rows, weight.astype(f32).T, precision=exact)
-        if a is None:
-            return out
-        low = jnp.matmul(rows, a.astype(f32).T, precision=exact)
-        return out + scaling * jnp.matmul(low, b.astype(f32).T, precision=exact)
-
     def add_expert(total, expert):
         index, base, adapter = expert
         a = adapter or LoRA(*[None] * 6)
-        g = project(rows, base[0], a.gate_a, a.gate_b)
-        u = project(rows, base[1], a.up_a, a.up_b)
-        d = project(jax.nn.silu(g) * u, base[2], a.down_a, a.down_b)
+        g = _project(rows, base[0], a.gate_a, a.gate_b, scaling)
+        u = _project(rows, base[1], a.up_a, a.up_b, scaling)
+        d = _project(jax.nn.silu(g) * u, base[2], a.down_a, a.down_b, scaling)
         share = jnp.sum(jnp.where(slot_ids == index, slot_w, 0.0), axis=-1)
         # A token that did not choose this expert must not see its values at all: zero
         # times an overflow is not zero.
@@ -79,3 +71,32 @@ def moe(
         (experts, (gate, up, down), lora),
     )
     return total.astype(x.dtype).reshape(x.shape)
+
+
+def linear(
+    x: Array, weight: Array, lora: LinearLoRA | None = None, *, scaling: float = 1.0
+) -> Array:
+    """`x Wᵀ + s (x Aᵀ) Bᵀ` in float32.
+
+    Args:
+      x: `[..., in]`, float32 or bfloat16.
+      weight: `[out, in]`.
+      lora: adapters, or None.
+      scaling: s = lora_alpha / lora_rank.
+
+    Returns:
+      `[..., out]` in the dtype of x.
+    """
+    a, b = (None, None) if lora is None else (lora.a, lora.b)
+    return _project(x.astype(jnp.float32), weight, a, b, scaling).astype(x.dtype)
+
+
+def _project(rows: Array, weight: Array, a: Array, b: Array, scaling: float) -> Array:
+    """Rows in float32; a and b may be None."""
+
+    def product(rows: Array, matrix: Array) -> Array:
+        matrix = matrix.astype(jnp.float32)
+        return jnp.matmul(rows, matrix.T, precision=jax.lax.Precision.HIGHEST)
+
+    out = product(rows, weight)
+    return out if a is None else out + scaling * product(product(rows, a), b)

@@ -30,10 +30,10 @@ def _forward(spec, x, ids, w, handle, lora):
     needs = Needs(
         x=x.perturbed,
         w=w.perturbed,
-        lora=any(leaf.perturbed for leaf in _leaves(lora)),
+        lora=any(leaf.perturbed for leaf in primal_leaves(lora)),
     )
     x, ids, w, handle, lora = jax.tree.map(
-        lambda leaf: leaf.value, (x, ids, w, handle, lora), is_leaf=_is_primal
+        lambda leaf: leaf.value, (x, ids, w, handle, lora), is_leaf=is_primal
     )
     keep = spec.keep and (needs.x or needs.w or needs.lora)
     actual = dataclasses.replace(spec, keep=keep)
@@ -53,12 +53,14 @@ def _backward(spec, residuals, gy):
     return grad_x, None, grad_w, None, grad_lora
 
 
-def _is_primal(leaf: Any) -> bool:
+def is_primal(leaf: Any) -> bool:
+    """Whether it is a value with what a rule with symbolic zeros says of it."""
     return hasattr(leaf, "perturbed")
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=_is_primal)
+def primal_leaves(tree: Any) -> list[Any]:
+    """Such values in a tree."""
+    return jax.tree.leaves(tree, is_leaf=is_primal)
 
 
 moe.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -14,7 +14,7 @@ from ktjax.train.data import (
     tokenize,
 )
 from ktjax.train.loop import FitResult, TrainingError, fit
-from ktjax.train.loss import cross_entropy_sum
+from ktjax.train.loss import weigh
 from ktjax.train.metrics import MetricsError
 from ktjax.train.objective import SFT, Objective, dpo
 from ktjax.train.run import TrainResult, run_training
@@ -52,7 +52,6 @@ __all__ = [
     "TrainResult",
     "TrainState",
     "TrainingError",
-    "cross_entropy_sum",
     "dpo",
     "fit",
     "init_state",
@@ -67,4 +66,5 @@ __all__ = [
     "split_chats",
     "split_model",
     "tokenize",
+    "weigh",
 ]

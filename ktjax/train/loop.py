@@ -88,8 +88,8 @@ def fit(
     evaluation loss.
 
     Args:
-      model: `model(input_ids, positions=, segment_ids=, return_routings=True) ->
-        (logits, routings)`, a `ktjax.nn.Routing` per layer with experts.
+      model: has `token_losses(input_ids, targets, positions=, segment_ids=)`, as
+        `ktjax.models.Decoder`.
       train: the examples to learn.
       evaluation: examples for the evaluation loss, may be empty.
       config: see `TrainConfig`.

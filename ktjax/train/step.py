@@ -14,7 +14,6 @@ from flax import nnx
 from ktjax.nn import Routing, load_balancing_loss, load_shares, routing_statistics
 from ktjax.train.batching import Batch
 from ktjax.train.config import TrainConfig
-from ktjax.train.loss import token_losses
 from ktjax.train.objective import SFT, Objective, objective_of
 
 Metrics = dict[str, jax.Array]
@@ -249,17 +248,14 @@ def make_eval_step(
     return step
 
 
-def _token_losses(
-    model: nnx.Module, batch: Batch
-) -> tuple[jax.Array, tuple[Routing, ...]]:
+def _token_losses(model: Any, batch: Batch) -> tuple[jax.Array, tuple[Routing, ...]]:
     """The loss of every token of `batch`, and a `Routing` per layer with experts."""
-    logits, routings = model(
+    return model.token_losses(
         batch.input_ids,
+        batch.targets,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
-        return_routings=True,
     )
-    return token_losses(logits, batch.targets), tuple(routings)
 
 
 def _reference_losses(

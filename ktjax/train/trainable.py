@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ktjax.config import fits
 from ktjax.models import Decoder
-from ktjax.nn import RoutedExperts, StoreHandle
+from ktjax.nn import FrozenLinear, RoutedExperts, StoreHandle
 from ktjax.train.report import bytes_text
 
 _ADAPTERS = "adapters of the experts"
@@ -138,6 +138,10 @@ def _parameters(
             shape = (store.num_experts, store.hidden_size, store.intermediate_size)
             count = 3 * shape[0] * shape[1] * shape[2]
             yield path, f"{_EXPERTS} ({store.format})", False, count, store.nbytes
+        elif isinstance(node, FrozenLinear):
+            store = node.store
+            count = store.out_features * store.in_features
+            yield path, _part(path), False, count, store.nbytes
         elif isinstance(node, nnx.Variable) and not isinstance(
             node, StoreHandle | nnx.RngState
         ):

@@ -1,6 +1,6 @@
 // The FFI targets of this library, by the names they are registered under.
-#ifndef KTJAX_FFI_HANDLERS_MOE_HANDLERS_H_
-#define KTJAX_FFI_HANDLERS_MOE_HANDLERS_H_
+#ifndef KTJAX_FFI_HANDLERS_TARGETS_H_
+#define KTJAX_FFI_HANDLERS_TARGETS_H_
 
 #include <vector>
 
@@ -12,7 +12,8 @@ struct Target {
 };
 
 std::vector<Target> MoeTargets();
+std::vector<Target> LinearTargets();
 
 }  // namespace ktjax
 
-#endif  // KTJAX_FFI_HANDLERS_MOE_HANDLERS_H_
+#endif  // KTJAX_FFI_HANDLERS_TARGETS_H_

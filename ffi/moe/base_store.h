@@ -1,0 +1,99 @@
+// What the stores of frozen weights share: an encoding, and panels in memory.
+#ifndef KTJAX_FFI_MOE_BASE_STORE_H_
+#define KTJAX_FFI_MOE_BASE_STORE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/aligned.h"
+#include "base/types.h"
+#include "format/encode.h"
+#include "format/panel.h"
+#include "moe/backend.h"
+
+namespace ktjax {
+
+// One matrix, or that of all experts one after the other, row-major: float32 or
+// bfloat16 values, or the plain arrays of a quantised format (format/panel.h).
+struct SourceMatrix {
+  enum class Type { kFloat32, kBf16, kPlain };
+  Type type;
+  const void* values;
+  const void* scales = nullptr;
+  const uint8_t* zeros = nullptr;
+};
+
+// A panel of base weights: bfloat16 values, or (null) codes.
+struct BasePanel {
+  const bf16* values;
+  QuantPanel codes;  // of values the format alone, kBf16
+
+  // Of a panel of so many strips and depths, scales counted.
+  int64_t Bytes(int strips, int depth) const {
+    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2) : codes.bytes;
+  }
+  // Of so many depth pairs, a multiple of 16, scales not counted.
+  int64_t PairBytes(int strips, int64_t pairs) const {
+    return 2 * pairs * kStrip * strips * SpecOf(codes.format).bits() / 8;
+  }
+};
+
+class BaseStore {
+ public:
+  virtual ~BaseStore() = default;
+  BaseStore(const BaseStore&) = delete;
+  BaseStore& operator=(const BaseStore&) = delete;
+
+  // What users call a store of this class.
+  virtual std::string_view kind() const = 0;
+
+  const Encoding& encoding() const { return encoding_; }
+  bool quantised() const { return IsQuantised(encoding_); }
+  const std::shared_ptr<Backend>& backend() const { return backend_; }
+  size_t bytes() const;
+
+ protected:
+  BaseStore(std::shared_ptr<Backend> backend, const Encoding& encoding)
+      : backend_(std::move(backend)), encoding_(encoding) {}
+
+  static bool IsQuantised(const Encoding& encoding) {
+    return encoding.format != Format::kBf16;
+  }
+  static BasePanel At(const Encoding& encoding, const uint8_t* memory, int strips,
+                      int depth);
+  // Large panels are 32 depths further apart than they are long. The backward reads the
+  // same rows of every panel of a matrix: a power of two apart (256 KiB for a hidden
+  // size of 2048), they would share a few sets of L1 and L2 and evict one another.
+  static int64_t PanelStride(const Encoding& encoding, int depth);
+
+  std::shared_ptr<Backend> backend_;
+  Encoding encoding_;
+  std::vector<AlignedBuffer> memory_;  // one per sub-pool, on its node
+};
+
+// Packs `outputs` rows of a matrix of values, `stride` elements apart from element
+// `offset` on, as strips of a panel; `depth` of each.
+void PackStrips(const Kernels& kernels, const SourceMatrix& matrix, int64_t stride,
+                int64_t offset, int outputs, int depth, int strips, bf16* dst,
+                ptrdiff_t dst_stride);
+
+// How errors name rows of a matrix.
+struct RowsName {
+  std::string_view matrix;
+  int expert;         // or kNoExpert
+  int64_t first_row;  // of the matrix
+};
+
+// Rows [row, row + rows) of a source in plain arrays, whose scales begin with row
+// `scale_row` of the source's. `encoded` holds them where the source is not quantised.
+// Throws std::invalid_argument as EncodedMatrix::Encode and CheckPlain do.
+PlainMatrix PlainRows(const Encoding& encoding, const SourceMatrix& source, int64_t row,
+                      int64_t scale_row, int rows, int depth, const RowsName& name,
+                      EncodedMatrix& encoded);
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_MOE_BASE_STORE_H_

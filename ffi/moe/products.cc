@@ -1,0 +1,71 @@
+#include "moe/products.h"
+
+#include <algorithm>
+
+namespace ktjax {
+namespace {
+
+// Fetches the rows after the ones that are packed: a panel's rows of B are a few KiB,
+// and those of the next panel follow.
+template <typename T>
+void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
+  constexpr int64_t kMost = 8192;
+  const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
+  if (depth != rows.stride || bytes > kMost) return;
+  const char* line = reinterpret_cast<const char*>(rows.row(outputs));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+}
+
+}  // namespace
+
+void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
+                             int outputs, int64_t column, int depth, int strips,
+                             SplitPanel dst, ptrdiff_t dst_stride) const {
+  const int64_t offset = (expert * rows + row) * columns + column;
+  outputs = std::max(outputs, 0);
+  if (array.is_float32) {
+    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
+    FetchNextRows(src, outputs, depth);
+    kernels.pack_outputs_f32(src, outputs, depth, strips, dst.high, dst_stride);
+    if (dst.low) {
+      kernels.pack_outputs_low(src, outputs, depth, strips, dst.low, dst_stride);
+    }
+  } else {
+    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
+    FetchNextRows(src, outputs, depth);
+    kernels.pack_outputs_bf16(src, outputs, depth, strips, dst.high, dst_stride);
+  }
+}
+
+void LoRAMatrix::PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
+                            int64_t column, int outputs, int strips, SplitPanel dst,
+                            ptrdiff_t dst_stride) const {
+  const int64_t offset = (expert * rows + row) * columns + column;
+  outputs = std::max(outputs, 0);
+  if (array.is_float32) {
+    const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
+    kernels.pack_depths_f32(src, depth, outputs, strips, dst.high, dst_stride);
+    if (dst.low) {
+      kernels.pack_depths_low(src, depth, outputs, strips, dst.low, dst_stride);
+    }
+  } else {
+    const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
+    kernels.pack_depths_bf16(src, depth, outputs, strips, dst.high, dst_stride);
+  }
+}
+
+void Products::StoreGrad(const RowFactor& factor, int rank, const float* tile,
+                         int column, int outputs) const {
+  const int64_t offset = factor.transposed ? column * factor.stride : column;
+  if (factor.grad.is_float32) {
+    (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
+        tile, rank, outputs, static_cast<float*>(factor.grad.data) + offset,
+        factor.stride);
+  } else {
+    (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
+        tile, rank, outputs, static_cast<bf16*>(factor.grad.data) + offset,
+        factor.stride);
+  }
+}
+
+}  // namespace ktjax

@@ -1,0 +1,371 @@
+// Products of rows with panels of base weights and of adapters: what every pass is made
+// of.
+#ifndef KTJAX_FFI_MOE_PRODUCTS_H_
+#define KTJAX_FFI_MOE_PRODUCTS_H_
+
+#include <chrono>
+#include <mutex>
+#include <span>
+
+#include "moe/arrays.h"
+#include "moe/base_store.h"
+#include "moe/profile.h"
+#include "moe/schedule.h"
+#include "moe/scratch.h"
+#include "moe/terms.h"
+
+namespace ktjax {
+
+// One LoRA array, [experts, rows, columns]; a matrix that stands alone is expert 0.
+struct LoRAMatrix {
+  ConstArray array;
+  int64_t rows;
+  int64_t columns;
+
+  // Packs rows [row, row + outputs) x columns [column, column + depth) of an expert's
+  // matrix as strips of a panel; see Kernels::pack_outputs_*. Its low part as well
+  // where dst has one.
+  void PackOutputs(const Kernels& kernels, int expert, int64_t row, int outputs,
+                   int64_t column, int depth, int strips, SplitPanel dst,
+                   ptrdiff_t dst_stride) const;
+  // The same with rows as depths and columns as outputs; see Kernels::pack_depths_*.
+  void PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
+                  int64_t column, int outputs, int strips, SplitPanel dst,
+                  ptrdiff_t dst_stride) const;
+};
+
+// A LoRA gradient as a product over rows: grad[i][n] = Σ_r low_rank[i][r] source[r][n].
+struct RowFactor {
+  SplitRows low_rank;  // a row per rank; zero from the last source row up to a multiple
+                       // of kDepth
+  bool transposed;     // whether grad is stored as [n][i] (B) or as [i][n] (A)
+  MutableArray grad;   // its first element
+  int64_t stride;      // between its rows
+};
+
+class Products {
+ protected:
+  // Takes the backend for itself: the workspace is this pass's. Rows are `exact` where
+  // they are float32: carried in two parts, so that results are exact to float32.
+  Products(const BaseStore& base, bool exact)
+      : base_(base),
+        exact_(exact),
+        backend_(*base.backend()),
+        kernels_(backend_.kernels),
+        epilogues_(*kernels_.epilogues),
+        lock_(backend_.mutex) {}
+
+  bool exact() const { return exact_; }
+
+  // Runs job(worker, scratch) on the pool, with the kernels' thread state set up and
+  // the scratch that make_scratch(arena) describes.
+  template <typename MakeScratch, typename Job>
+  void RunOnPool(MakeScratch make_scratch, Job job);
+
+  // Worker::Barrier, timed.
+  static bool Wait(Worker& worker, const Scratch& scratch) {
+    const WorkTimer timer(scratch.times, &WorkTimes::wait);
+    return worker.Barrier();
+  }
+
+  // Fetches `bytes` bytes to L2, to be read or (kWrite) overwritten.
+  template <bool kWrite>
+  static void Fetch(const void* data, int64_t bytes) {
+    const char* line = static_cast<const char*>(data);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, kWrite, 2);
+  }
+
+  // Prefetching is spread over so many passes through a panel. A kernel with larger
+  // tiles makes fewer, and then fetches what is left at its own rate.
+  static constexpr int kFetchRows = 6;
+  // The product of rows with base weights, and what is added to it.
+  struct BaseProduct {
+    SplitRows rows;
+    const Int8Rows* codes;  // the rows, quantised; null: base weights are decoded
+    BasePanel panel;
+    int depth;
+    int strips;
+    int all_rows;  // that are multiplied with the panel, in this product and in others
+    Terms lora;
+  };
+  // Like Multiply below.
+  template <typename Touch, typename Epilogue>
+  void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
+                    Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+  // scratch.tile = the product, where there are few rows and kernels multiply with
+  // codes as they are. By all rows: how they are cut must not change a bit.
+  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
+                Prefetch prefetch) const {
+    if (!kernels_.dot_codes || exact()) return false;
+    if (product.all_rows > kMaxContractRows) return false;
+    prefetch.Spread(product.depth / 2);
+    return kernels_.dot_codes(product.rows.high, product.rows.stride, rows,
+                              product.panel.codes, product.depth, scratch.tile,
+                              prefetch.base ? &prefetch : nullptr);
+  }
+  static const char* Start(const BasePanel& panel) {
+    return panel.values ? reinterpret_cast<const char*>(panel.values)
+                        : reinterpret_cast<const char*>(panel.codes.codes);
+  }
+  // Fetches a panel of base weights.
+  Prefetch FetchPanel(const BasePanel& panel, int strips, int depth) const {
+    Prefetch prefetch;
+    prefetch.base = Start(panel);
+    prefetch.chunk_bytes = prefetch.total_bytes =
+        RoundUp(panel.Bytes(strips, depth), 2048);
+    return prefetch;
+  }
+  // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes
+  // apart.
+  Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
+                      int panels, int64_t stride) const {
+    Prefetch prefetch;
+    prefetch.base = Start(panel) + panel.PairBytes(strips, first);
+    prefetch.stride = stride;
+    prefetch.chunk_bytes = RoundUp(panel.PairBytes(strips, pairs), 2048);
+    prefetch.total_bytes = panels * prefetch.chunk_bytes;
+    return prefetch;
+  }
+  // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they
+  // are, or decoded in scratch.chunk.
+  const bf16* Pairs(const BasePanel& panel, int strips, int first, int pairs,
+                    const Scratch& scratch, Prefetch* prefetch) const {
+    if (panel.values)
+      return panel.values + static_cast<int64_t>(first) * 2 * kStrip * strips;
+    Decode(panel, first, pairs, scratch.chunk, prefetch, scratch);
+    return scratch.chunk;
+  }
+
+  void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
+              Prefetch* prefetch, const Scratch& scratch) const {
+    const WorkTimer timer(scratch.times, &WorkTimes::decode);
+    kernels_.decode(panel.codes, first, pairs, dst, prefetch);
+  }
+
+  // tile += terms.
+  void AddTerms(const Terms& terms, int rows, int strips,
+                const Scratch& scratch) const {
+    if (terms.count() == 0) return;
+    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.tile, true,
+                  nullptr);
+  }
+
+  // tile = rows x panel for all rows, in tiles. touch(row) fetches what the epilogue
+  // will need of a row, while the product hides the way from memory; epilogue(first,
+  // count) consumes a tile.
+  template <typename Touch, typename Epilogue>
+  void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
+                Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+
+  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 12;
+  // The product of rows with panels that are transposed first, kSourcePanels of
+  // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
+  // transposes source panels into scratch.panel and returns the terms of all rows with
+  // them; epilogue(tile, first row, rows) consumes a tile.
+  template <typename Transposed, typename Touch, typename Epilogue>
+  void MultiplyTransposed(int sources, Transposed transposed, const Terms& lora,
+                          int rows, int strips, const Scratch& scratch,
+                          Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+
+  // The gradients of `factors`, of `rank` rows each, over `count` source rows and
+  // `columns` of their columns, which pack(first row, rows, first column, outputs,
+  // strips) brings to scratch.panel with rows as depths.
+  template <typename Pack>
+  void MultiplyOverRows(Pack pack, int count, int columns, int rank,
+                        std::span<const RowFactor> factors,
+                        const Scratch& scratch) const;
+  void StoreGrad(const RowFactor& factor, int rank, const float* tile, int column,
+                 int outputs) const;
+
+  // Base weights have one part: kernels do not write to them.
+  static SplitPanel OnePart(const bf16* panel) {
+    return {const_cast<bf16*>(panel), nullptr};
+  }
+  static Int8Rows From(const Int8Rows& rows, int64_t first) {
+    return {rows.values + first * rows.stride,
+            rows.stride,
+            rows.scales + first * rows.group_stride,
+            rows.sums + first * rows.group_stride,
+            rows.group_stride,
+            rows.group};
+  }
+
+  const BaseStore& base_;
+  const bool exact_;
+  Backend& backend_;
+  const Kernels& kernels_;
+  const Epilogues& epilogues_;
+  const std::unique_lock<std::mutex> lock_;
+};
+
+template <typename MakeScratch, typename Job>
+void Products::RunOnPool(MakeScratch make_scratch, Job job) {
+  Arena counting(nullptr);
+  make_scratch(counting);
+  backend_.pool.Run([&](Worker& worker) {
+    Arena arena(worker.Scratch(counting.used()));
+    Scratch scratch = make_scratch(arena);
+    struct ThreadState {
+      const Kernels& kernels;
+      explicit ThreadState(const Kernels& k) : kernels(k) { kernels.enter(); }
+      ~ThreadState() { kernels.leave(); }
+    } state(kernels_);
+    if (worker.index() || !Profile::Get().enabled()) return job(worker, scratch);
+    WorkTimes times;
+    scratch.times = &times;
+    const uint64_t start = __rdtsc();
+    const auto clock = std::chrono::steady_clock::now();
+    job(worker, scratch);
+    const std::chrono::duration<double> seconds =
+        std::chrono::steady_clock::now() - clock;
+    times.Report(__rdtsc() - start, seconds.count());
+  });
+}
+
+template <typename Touch, typename Epilogue>
+void Products::Multiply(const Terms& terms, int rows, int strips,
+                        const Scratch& scratch, Prefetch prefetch, Touch touch,
+                        Epilogue epilogue) const {
+  prefetch.Spread(terms.data()[0].depth / 2 * CeilDiv(rows, kFetchRows));
+  ForTiles(kernels_, rows, [&](int first, int count) {
+    for (int row = first; row < first + count; ++row) touch(row);
+    const Terms tile_terms = terms.From(first);
+    const int64_t pairs = terms.data()[0].depth / 2;
+    const bool fetch = prefetch.Due((rows - first - count) * pairs / kFetchRows);
+    kernels_.gemm(tile_terms.data(), tile_terms.count(), count, strips, scratch.tile,
+                  false, fetch ? &prefetch : nullptr);
+    {
+      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+      epilogue(first, count);
+    }
+  });
+}
+
+template <typename Touch, typename Epilogue>
+void Products::MultiplyBase(const BaseProduct& product, int rows,
+                            const Scratch& scratch, Prefetch prefetch, Touch touch,
+                            Epilogue epilogue) const {
+  const auto& [operand, codes, panel, depth, strips, all_rows, lora] = product;
+  if (codes) {
+    prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
+    ForTiles(kernels_, rows, [&](int first, int count) {
+      for (int row = first; row < first + count; ++row) touch(row);
+      kernels_.gemm_int8(base_.encoding().spec(), From(*codes, first), panel.codes,
+                         depth, count, scratch.tile, false,
+                         prefetch.base ? &prefetch : nullptr);
+      AddTerms(lora.From(first), count, strips, scratch);
+      {
+        const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+        epilogue(first, count);
+      }
+    });
+    return;
+  }
+  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
+    for (int row = 0; row < rows; ++row) touch(row);
+    AddTerms(lora, rows, strips, scratch);
+    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+    epilogue(0, rows);
+    return;
+  }
+  if (!panel.values && rows <= kernels_.max_rows && !exact()) {
+    // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
+    // are summed one after the other over all depths, as they are in other tiles.)
+    prefetch.Spread(depth);
+    for (int row = 0; row < rows; ++row) touch(row);
+    for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
+      const int pairs = std::min(kChunkPairs, depth / 2 - pair);
+      const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
+                                 prefetch.base ? &prefetch : nullptr);
+      const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
+      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
+                    prefetch.base ? &prefetch : nullptr);
+    }
+    AddTerms(lora, rows, strips, scratch);
+    {
+      const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+      epilogue(0, rows);
+    }
+    return;
+  }
+  const bf16* values = panel.values;
+  if (!values) {
+    Decode(panel, 0, depth / 2, scratch.panel.high, nullptr, scratch);
+    values = scratch.panel.high;
+  }
+  Terms terms;
+  terms.Add(operand, OnePart(values), depth);
+  terms.Add(lora);
+  Multiply(terms, rows, strips, scratch, prefetch, touch, epilogue);
+}
+
+template <typename Transposed, typename Touch, typename Epilogue>
+void Products::MultiplyTransposed(int sources, Transposed transposed, const Terms& lora,
+                                  int rows, int strips, const Scratch& scratch,
+                                  Prefetch prefetch, Touch touch,
+                                  Epilogue epilogue) const {
+  prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
+  for (int begin = 0; begin < rows; begin += kTransposedRows) {
+    const int end = std::min(rows, begin + kTransposedRows);
+    for (int source = 0; source < sources; source += kSourcePanels) {
+      const int count = std::min(kSourcePanels, sources - source);
+      const bool last = source + count == sources;
+      Terms terms = transposed(source, count);
+      if (last) terms.Add(lora);
+      ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
+        const int row = begin + first;
+        float* tile = scratch.tile + first * kPanel;
+        for (int r = row; last && r < row + tile_rows; ++r) touch(r);
+        const Terms tile_terms = terms.From(row);
+        const int64_t left = int64_t{end - row - tile_rows} * count +
+                             int64_t{end - begin} * (sources - source - count) +
+                             int64_t{rows - end} * sources;
+        const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
+        kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
+                      source > 0, fetch ? &prefetch : nullptr);
+        if (!last) return;
+        const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
+        epilogue(tile, row, tile_rows);
+      });
+    }
+  }
+}
+
+template <typename Pack>
+void Products::MultiplyOverRows(Pack pack, int count, int columns, int rank,
+                                std::span<const RowFactor> factors,
+                                const Scratch& scratch) const {
+  const int rank_rows = static_cast<int>(RoundUp(rank, kernels_.max_rows));
+  for (int column = 0; column < columns; column += kPanel) {
+    const int outputs = std::min(kPanel, columns - column);
+    const int strips = static_cast<int>(CeilDiv(outputs, kStrip));
+    if (count == 0) {
+      std::fill_n(scratch.tile, factors.size() * rank_rows * kPanel, 0.0f);
+    }
+    for (int from = 0; from < count; from += kMaxGradDepth) {
+      const int depth = std::min(kMaxGradDepth, count - from);
+      pack(from, depth, column, outputs, strips);
+      for (size_t f = 0; f < factors.size(); ++f) {
+        SplitRows rows = factors[f].low_rank;
+        rows.high += from;
+        Terms terms;
+        terms.Add(rows, scratch.panel, static_cast<int>(RoundUp(depth, 2)));
+        float* tile = scratch.tile + f * rank_rows * kPanel;
+        ForTiles(kernels_, rank, [&](int first, int tile_rows) {
+          const Terms tile_terms = terms.From(first);
+          kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips,
+                        tile + first * kPanel, from > 0, nullptr);
+        });
+      }
+    }
+    for (size_t f = 0; f < factors.size(); ++f) {
+      StoreGrad(factors[f], rank, scratch.tile + f * rank_rows * kPanel, column,
+                outputs);
+    }
+  }
+}
+
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_MOE_PRODUCTS_H_

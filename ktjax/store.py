@@ -127,21 +127,6 @@ class ExpertStore(FrozenStore):
         return self._geometry
 
     @property
-    def format(self) -> str:
-        """The storage format."""
-        return self._geometry.format
-
-    @property
-    def group_size(self) -> int:
-        """Depths that share a scale; 0 = a whole row does, or there is none."""
-        return self._geometry.group_size
-
-    @property
-    def zero_point(self) -> bool:
-        """Whether the groups have zero points."""
-        return self._geometry.zero_point
-
-    @property
     def down_format(self) -> str:
         """The storage format of down: `format`, unless a GGUF file has another."""
         return self._geometry.down_format or self._geometry.format

@@ -54,6 +54,21 @@ class FrozenStore:
         return store
 
     @property
+    def format(self) -> str:
+        """The storage format."""
+        return self._geometry.format
+
+    @property
+    def group_size(self) -> int:
+        """Depths that share a scale; 0 = a whole row does, or there is none."""
+        return self._geometry.group_size
+
+    @property
+    def zero_point(self) -> bool:
+        """Whether the groups have zero points."""
+        return self._geometry.zero_point
+
+    @property
     def closed(self) -> bool:
         """Whether this owner was closed; views do not know and say False."""
         return self._owner is not None and not self._owner.finalizer.alive

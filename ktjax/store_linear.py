@@ -115,21 +115,6 @@ class LinearStore(FrozenStore):
         return self._geometry
 
     @property
-    def format(self) -> str:
-        """The storage format."""
-        return self._geometry.format
-
-    @property
-    def group_size(self) -> int:
-        """Depths that share a scale; 0 = a whole row does, or there is none."""
-        return self._geometry.group_size
-
-    @property
-    def zero_point(self) -> bool:
-        """Whether the groups have zero points."""
-        return self._geometry.zero_point
-
-    @property
     def out_features(self) -> int:
         """Outputs."""
         return self._geometry.out_features

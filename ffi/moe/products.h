@@ -96,8 +96,7 @@ class Products {
   // codes as they are. By all rows: how they are cut must not change a bit.
   bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
                 Prefetch prefetch) const {
-    if (!kernels_.dot_codes || exact()) return false;
-    if (product.all_rows > kMaxContractRows) return false;
+    if (!kernels_.dot_codes || product.all_rows > kMaxContractRows) return false;
     prefetch.Spread(product.depth / 2);
     return kernels_.dot_codes(product.rows.high, product.rows.stride, rows,
                               product.panel.codes, product.depth, scratch.tile,
@@ -262,25 +261,20 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
     });
     return;
   }
-  if (!panel.values && DotCodes(product, rows, scratch, prefetch)) {
-    for (int row = 0; row < rows; ++row) touch(row);
-    AddTerms(lora, rows, strips, scratch);
-    const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
-    epilogue(0, rows);
-    return;
-  }
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {
-    // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
-    // are summed one after the other over all depths, as they are in other tiles.)
-    prefetch.Spread(depth);
     for (int row = 0; row < rows; ++row) touch(row);
-    for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
-      const int pairs = std::min(kChunkPairs, depth / 2 - pair);
-      const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
-                                 prefetch.base ? &prefetch : nullptr);
-      const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
-      kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
-                    prefetch.base ? &prefetch : nullptr);
+    if (!DotCodes(product, rows, scratch, prefetch)) {
+      // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
+      // are summed one after the other over all depths, as they are in other tiles.)
+      prefetch.Spread(depth);
+      for (int pair = 0; pair < depth / 2; pair += kChunkPairs) {
+        const int pairs = std::min(kChunkPairs, depth / 2 - pair);
+        const bf16* values = Pairs(panel, strips, pair, pairs, scratch,
+                                   prefetch.base ? &prefetch : nullptr);
+        const Term term{operand.high + 2 * pair, operand.stride, values, 2 * pairs};
+        kernels_.gemm(&term, 1, rows, strips, scratch.tile, pair > 0,
+                      prefetch.base ? &prefetch : nullptr);
+      }
     }
     AddTerms(lora, rows, strips, scratch);
     {

@@ -106,32 +106,7 @@ class KTMoEWrapper:
                 f"Method '{method}' is not supported in {name} mode. "
                 f"Supported methods: {sorted(supported)}"
             )
-        if mode == "inference":
-            return InferenceMoEWrapper(
-                layer_idx=layer_idx,
-                num_experts=num_experts,
-                num_experts_per_tok=num_experts_per_tok,
-                hidden_size=hidden_size,
-                moe_intermediate_size=moe_intermediate_size,
-                num_gpu_experts=num_gpu_experts,
-                cpuinfer_threads=cpuinfer_threads,
-                threadpool_count=threadpool_count,
-                weight_path=weight_path,
-                chunked_prefill_size=chunked_prefill_size,
-                cpu_save=cpu_save,
-                max_deferred_experts_per_token=max_deferred_experts_per_token,
-                method=method,
-                group_size=group_size,
-                zero_point=zero_point,
-                compute=compute,
-                gpu_experts_mask=gpu_experts_mask,
-            )
-        if gpu_experts_mask is not None:
-            raise ValueError(
-                "gpu_experts_mask must be None in SFT mode, which computes every "
-                "expert on the CPU"
-            )
-        return AMXSFTMoEWrapper(
+        shared: dict[str, Any] = dict(
             layer_idx=layer_idx,
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
@@ -143,10 +118,25 @@ class KTMoEWrapper:
             weight_path=weight_path,
             chunked_prefill_size=chunked_prefill_size,
             method=method,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            max_cache_depth=max_cache_depth,
             group_size=group_size,
             zero_point=zero_point,
             compute=compute,
+        )
+        if mode == "inference":
+            return InferenceMoEWrapper(
+                **shared,
+                cpu_save=cpu_save,
+                max_deferred_experts_per_token=max_deferred_experts_per_token,
+                gpu_experts_mask=gpu_experts_mask,
+            )
+        if gpu_experts_mask is not None:
+            raise ValueError(
+                "gpu_experts_mask must be None in SFT mode, which computes every "
+                "expert on the CPU"
+            )
+        return AMXSFTMoEWrapper(
+            **shared,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            max_cache_depth=max_cache_depth,
         )

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from named_case import NamedCase
 
 import ktjax
 
@@ -21,7 +22,7 @@ TOLERANCES = {"bfloat16": 1.25 * _EXPECTED, "float32": 1.25 * _EXPECTED * 2**-8}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedCase):
     """One projection and one batch of rows."""
 
     rows: int
@@ -31,14 +32,6 @@ class Case:
     dtype: str = "bfloat16"
     lora_dtype: str = "float32"
     scaling: float = 2.0
-
-    def __str__(self) -> str:
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        return "-".join(
-            f"{name}={value}"
-            for name, value in dataclasses.asdict(self).items()
-            if value != default[name]
-        )
 
     @property
     def result_dtype(self) -> str:

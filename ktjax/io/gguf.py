@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ktjax.io.gguf_header import Descriptor, read_gguf_header
 from ktjax.io.header import CheckpointError
-from ktjax.io.safetensors import missing
+from ktjax.io.parts import Parts
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +78,7 @@ class GGUFFile:
         return data.reshape(*tensor.shape[:-1], row)
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(Parts[GGUFFile]):
     """A GGUF model as a lazy mapping: one file, or the parts that it was split into.
 
     Attributes:
@@ -106,26 +106,6 @@ class GGUFCheckpoint:
                         "expected the files of one model"
                     )
                 self._file_of[name] = file
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def file_of(self, name: str) -> GGUFFile:
-        """The file that holds the tensor `name`.
-
-        Raises:
-          KeyError: there is no such tensor; the message offers close matches.
-        """
-        file = self._file_of.get(name)
-        if file is None:
-            raise KeyError(missing(name, self.path, self._file_of))
-        return file
 
     def descriptor(self, name: str) -> Descriptor:
         """Type and shape of the tensor `name`; see `file_of` for errors."""

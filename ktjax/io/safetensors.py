@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import safetensors.numpy
 
 from ktjax.io.atomic import new_file
 from ktjax.io.header import DTYPES, CheckpointError, Entry, read_header
+from ktjax.io.parts import Parts, missing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -70,7 +70,7 @@ class SafetensorsFile:
         return data.view(entry.dtype).reshape(entry.shape).view(np.ndarray)
 
 
-class Checkpoint:
+class Checkpoint(Parts[SafetensorsFile]):
     """A safetensors file, or a Hugging Face directory of them, as a lazy mapping.
 
     A directory holds `model.safetensors.index.json` and the shards it names, or
@@ -98,26 +98,6 @@ class Checkpoint:
     def keys(self) -> list[str]:
         """The names of all tensors."""
         return list(self._file_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def file_of(self, name: str) -> SafetensorsFile:
-        """The file that holds the tensor `name`.
-
-        Raises:
-          KeyError: there is no such tensor; the message offers close matches.
-        """
-        file = self._file_of.get(name)
-        if file is None:
-            raise KeyError(missing(name, self.path, self._file_of))
-        return file
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
         """The tensor `name` as a read-only view of its file; nothing is copied.
@@ -205,10 +185,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if shard != Path(shard).name:
             raise CheckpointError(f"{path}: shard {shard!r} must be a plain file name")
     return weight_map
-
-
-def missing(name: str, path: Path, known: Mapping[str, Any]) -> str:
-    """What to say of a tensor that is not there."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"; close: {', '.join(close)}" if close else ""
-    return f"{path}: no tensor {name!r} among {len(known)}{hint}"

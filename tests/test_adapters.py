@@ -15,9 +15,11 @@ from adapter_cases import (
     WIDTH,
     deltas,
     make_adapter,
+    make_linear,
     make_lora,
     peft_delta,
     per_expert_tensors,
+    projection_tensors,
     write_config,
     write_tensors,
 )
@@ -150,7 +152,14 @@ def test_ktransformers(tmp_path):
     assert inspect_adapter(tmp_path).layout == "ktransformers"
     write_tensors(tmp_path, {})
     assert list(read_adapter(tmp_path).differences(adapter)) == []
-    write_tensors(tmp_path, {f"{PREFIX}.0.self_attn.q_proj.lora_A.weight": np.ones(2)})
+    # Adapters of anything else are beside it.
+    pair = make_linear(0)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    write_tensors(tmp_path, projection_tensors({q_proj: pair}))
+    both = dataclasses.replace(adapter, projections={q_proj: pair})
+    assert list(read_adapter(tmp_path).differences(both)) == []
+    assert inspect_adapter(tmp_path).targets == ("experts", "q_proj")
+    write_tensors(tmp_path, {f"{PREFIX}.0.mlp.gate.lora_A.weight": np.ones(2)})
     with pytest.raises(AdapterError, match="is no LoRA of a routed expert"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
@@ -229,9 +238,13 @@ DAMAGE = {
     "other dtype": (changed(lambda b: b.astype(np.float64)), r"is float64\[6, 2\]"),
     "vector": (changed(lambda b: b[0]), r"is float32\[2\]"),
     "nan": (changed(nan), "up_b of layer 2 has a NaN"),
-    "attention": (added(f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"), "q_proj.lora_A"),
-    "shared expert": (
-        added(f"{PREFIX}.0.mlp.shared_expert.up_proj.lora_A.weight"),
+    "half of a pair": (
+        added(f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"),
+        r"lora_B of model\.layers\.0\.self_attn\.q_proj is missing",
+    ),
+    "router": (added(f"{PREFIX}.0.mlp.gate.lora_A.weight"), "gate.lora_A.weight is no"),
+    "shared gate": (
+        added(f"{PREFIX}.0.mlp.shared_expert_gate.lora_A.weight"),
         "is no LoRA of a routed expert",
     ),
     "dora": (
@@ -402,7 +415,7 @@ def test_what_cannot_be_written(tmp_path):
     lora.up_a[1, 0, 3] = np.inf
     with pytest.raises(AdapterError, match="up_a of layer 5 has a NaN or an infinity"):
         Adapter(RANK, 1.0, {5: lora})
-    with pytest.raises(AdapterError, match="no layers"):
+    with pytest.raises(AdapterError, match="adapts nothing"):
         Adapter(RANK, 1.0, {})
     with pytest.raises(AdapterError, match=r"layer 0: lora\.gate_b: expected"):
         Adapter(RANK, 1.0, {0: dataclasses.replace(lora, gate_b=lora.gate_b[:, :, :1])})

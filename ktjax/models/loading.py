@@ -18,6 +18,14 @@ from ktjax.io import Checkpoint, read_experts
 from ktjax.io.stored import read_dense
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
+from ktjax.models.targets import (
+    Projection,
+    adapt_projections,
+    check_targets,
+    experts_name,
+    family_name,
+    projections,
+)
 from ktjax.nn import FrozenLinear, GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
 from ktjax.store_linear import LinearStore
@@ -71,7 +79,7 @@ def from_pretrained(
         experts="reference". Routers, norms, tied heads and MLA's kv_b_proj are always
         XLA's.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
-      lora: adapters on every layer's experts, or None.
+      lora: which modules have adapters, or None: every layer's experts by default.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
       remat: whether the backward pass computes each layer again, as in `Decoder`.
       rngs: source of the adapters' initial values; `nnx.Rngs(0)` by default.
@@ -86,8 +94,10 @@ def from_pretrained(
       ConfigError: the model is of a kind that is not built.
       CheckpointError: a file is damaged.
       KeyError: a tensor is missing.
+      FrozenTargetError: a target of `lora` fits no module, or one that cannot have
+        adapters.
       ValueError: a tensor has another shape than config.json says, a pattern of `lora`
-        that fits no layer, or a bad argument.
+        that fits no module with adapters, or a bad argument.
     """
     if experts not in EXPERTS:
         raise ValueError(
@@ -118,25 +128,22 @@ def from_pretrained(
     config = ModelConfig.from_pretrained(path)
     checkpoint = Checkpoint(path)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    model: Decoder = nnx.eval_shape(
-        lambda: Decoder(
-            config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
-        )
-    )
+    model = shapes_of(config, dtype=dtype, remat=remat)
     layers = model.moe_layers()
     if lora is not None:
-        lora.check_patterns(experts_name(index) for index, _ in layers)
+        check_targets(model, lora, module_names(model))
     try:
         if dense != "xla":
-            for at, owner, part in list(_projections(model)):
-                name = _name_in(checkpoint, config.model_type, f"{at}.weight")
-                _store_projection(checkpoint, name, owner, part, dense, dtype)
+            for projection in projections(model):
+                name = f"{projection.usual}.weight"
+                name = _name_in(checkpoint, config.model_type, name)
+                _store_projection(checkpoint, name, projection, dense, dtype)
         for name, variable, transpose in _dense_tensors(model):
             name = _name_in(checkpoint, config.model_type, name)
             _assign(checkpoint, name, variable, transpose)
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
-            if lora is not None:
+            if lora is not None and lora.adapts(experts_name(index)):
                 own = lora.of_module(experts_name(index))
                 # The module scales by alpha / rank, rsLoRA by something else.
                 kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
@@ -158,15 +165,29 @@ def from_pretrained(
                 compute=compute,
                 **kwargs,
             )
+        if lora is not None:
+            # After the experts, whose start does not depend on what else is trained.
+            adapt_projections(model, lora, rngs)
     except BaseException:
         model.close()
         raise
     return model
 
 
-def experts_name(layer_idx: int) -> str:
-    """The name of a layer's routed experts, for the patterns of a `LoRAConfig`."""
-    return f"layers.{layer_idx}.mlp.experts"
+def shapes_of(config: ModelConfig, *, dtype: Any, remat: bool = False) -> Decoder:
+    """A model whose arrays are shapes alone, and that has no experts yet."""
+    return nnx.eval_shape(
+        lambda: Decoder(
+            config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
+        )
+    )
+
+
+def module_names(model: Decoder) -> list[str]:
+    """The names of all modules outside the experts that have weights of their own."""
+    family = model.config.model_type
+    tensors = (family_name(name, family) for name, _, _ in _dense_tensors(model))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 
 def _counted(layers: Sequence[Any]) -> Iterator[Any]:
@@ -179,16 +200,6 @@ def _counted(layers: Sequence[Any]) -> Iterator[Any]:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-# Where a family's tensors have other names than the ones below, which most share.
-_RENAMED: dict[str, dict[str, str]] = {
-    "qwen2_moe": {
-        "mlp.shared_experts.": "mlp.shared_expert.",
-        "mlp.shared_experts_gate.": "mlp.shared_expert_gate.",
-    },
-    "mixtral": {"mlp.gate.": "block_sparse_moe.gate."},
-}
 
 
 def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
@@ -212,33 +223,17 @@ _LEAST_STORED = 1 << 16
 _NO_PRODUCTS = ("kv_b_proj",)
 
 
-def _projections(model: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
-    """The usual name of each projection, the module it is a part of, and which part."""
-    if model.head is not None:
-        yield "lm_head", model, "head"
-    for index, layer in enumerate(model.layers):
-        at, mlp = f"model.layers.{index}", layer.mlp
-        owners: dict[str, Any] = {f"{at}.self_attn": layer.attention}
-        if isinstance(mlp, GatedMLP):
-            owners[f"{at}.mlp"] = mlp
-        elif mlp.shared_experts is not None:
-            owners[f"{at}.mlp.shared_experts"] = mlp.shared_experts
-        for name, owner in owners.items():
-            for part, module in vars(owner).items():
-                if isinstance(module, nnx.Linear) and part not in _NO_PRODUCTS:
-                    yield f"{name}.{part}", owner, part
-
-
 def _store_projection(
     checkpoint: Checkpoint,
     name: str,
-    owner: nnx.Module,
-    part: str,
+    projection: Projection,
     format: str | None,
     dtype: Any,
 ) -> None:
     """Put one projection into a store; `format` None: where that is for the better."""
-    module = getattr(owner, part)
+    module = projection.module
+    if projection.part in _NO_PRODUCTS:
+        return
     if format is None and module.kernel.size < _LEAST_STORED:
         return
     tensor = _read(checkpoint, name, module.kernel.shape[::-1])
@@ -251,7 +246,7 @@ def _store_projection(
         store = LinearStore.from_array(tensor, format=format)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
-    setattr(owner, part, FrozenLinear(store, module.bias))
+    setattr(projection.owner, projection.part, FrozenLinear(store, module.bias))
 
 
 def _is_bfloat16(tensor: np.ndarray[Any, Any]) -> bool:
@@ -308,9 +303,7 @@ def _name_in(checkpoint: Checkpoint, model_type: str, name: str) -> str:
     """
     if name in checkpoint:
         return name
-    for usual, own in _RENAMED.get(model_type, {}).items():
-        name = name.replace(f".{usual}", f".{own}")
-    return name
+    return family_name(name, model_type)
 
 
 def _read(

@@ -175,7 +175,10 @@ class Adapter:
             yield f"layers {sorted(self.layers)} and {sorted(other.layers)}"
             return
         if self.projections.keys() != other.projections.keys():
-            yield f"projections {[*self.projections]} and {[*other.projections]}"
+            yield (
+                f"projections {sorted(self.projections)} and "
+                f"{sorted(other.projections)}"
+            )
             return
         theirs = dict(other.items())
         for place, lora in self.items():

@@ -133,8 +133,9 @@ def write_adapter(
       path: the directory to make.
       adapter: what to write.
       model_type: the base model's, from its config.json.
-      layout: "peft": two matrices per expert and projection. "peft-fused": PEFT's
-        `target_parameters`, as 0.19.1 and later read it. None: the first, except for
+      layout: of the experts. "peft": two matrices per expert and projection.
+        "peft-fused": PEFT's `target_parameters`, as 0.19.1 and later read it. None: the
+        first, except for
         families that need the second (see `names.FAMILIES`) and for adapters with
         layers of different strengths.
       replace: whether an existing `path` is replaced.
@@ -151,11 +152,12 @@ def write_adapter(
     by_layer = any(layer in adapter.strengths for layer in adapter.layers)
     if layout is None:
         layout = "peft-fused" if by_layer else family.layout
+        layout = layout if adapter.layers else "peft"
     elif layout not in ("peft", "peft-fused"):
         raise ValueError(
             f"write_adapter: layout must be peft or peft-fused, got {layout!r}"
         )
-    elif layout == "peft" and family.layout != "peft":
+    elif layout == "peft" and family.layout != "peft" and adapter.layers:
         raise ValueError(
             f"write_adapter: PEFT ignores the per-expert tensors of {model_type} "
             f"without a word; use the layout {family.layout}"
@@ -302,6 +304,11 @@ def _names(found: dict[str, dict[str, str]]) -> set[str]:
 def _refuse_unknown(file: SafetensorsFile, known: set[str]) -> None:
     """An adapter that is only partly understood would be another adapter."""
     unknown = [name for name in file.entries if name not in known]
+    if unknown and unknown[0].endswith(".base_layer.weight"):
+        raise AdapterError(
+            f"{file.path}: {unknown[0]} is a copy of the base model's weight; save the "
+            "adapter without it (PEFT: save_embedding_layers=False)"
+        )
     if unknown:
         raise AdapterError(
             f"{file.path}: {unknown[0]} is no LoRA of a routed expert or a projection"

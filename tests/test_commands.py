@@ -203,6 +203,25 @@ def test_runs_are_checked(tmp_path):
         read_run(path)
 
 
+def test_runs_know_their_familys_names(tmp_path):
+    """What checkpoints call modules becomes what the model's files call them."""
+    tree = {
+        f"{path}.lora_{side}.value": np.ones(shape, np.float32)
+        for path in ("layers.1.mlp.shared_experts.up_proj", "layers.0.attention.q_proj")
+        for side, shape in (("a", (3, 5)), ("b", (4, 3)))
+    }
+    config = {"lora_rank": 2, "lora_alpha": 6.0, "targets": "q_proj,.*up_proj"}
+    config["rank_pattern"] = {r"shared_expert\.up_proj|q_proj": 3}
+    meta = {"model": DEMO, "config": config, "model_type": "qwen2_moe"}
+    checkpoint.save_checkpoint(tmp_path / "checkpoints", 1, {"lora": tree}, meta, 9)
+    adapter = read_run(tmp_path)
+    assert adapter.projections.keys() == {
+        "model.layers.1.mlp.shared_expert.up_proj",
+        "model.layers.0.self_attn.q_proj",
+    }
+    assert (adapter.rank, adapter.alpha, adapter.strengths) == (3, 6.0, {})
+
+
 def test_adapters_into_and_out_of_a_model():
     adapter = demo_adapter()
     model = load(lora=LoRAConfig(4, 6.0))

@@ -74,12 +74,21 @@ def fill(model):
     nnx.update(model, state)
 
 
+@nnx.jit
+def apply(model, ids):
+    return model(ids)
+
+
+def logits(model):
+    return np.asarray(apply(model, jnp.asarray(IDS)))
+
+
 def trained(path, lora, **kwargs):
     """The adapter of a model whose every adapter is random, and its logits."""
     model = from_pretrained(path, dtype=jnp.float32, lora=lora, **kwargs)
     try:
         fill(model)
-        return extract_adapter(model, str(path)), np.asarray(model(jnp.asarray(IDS)))
+        return extract_adapter(model, str(path)), logits(model)
     finally:
         model.close()
 
@@ -90,7 +99,7 @@ def our_logits(path, adapter, **kwargs):
     )
     try:
         apply_adapter(model, adapter)
-        return np.asarray(model(jnp.asarray(IDS)))
+        return logits(model)
     finally:
         model.close()
 

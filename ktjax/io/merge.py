@@ -239,4 +239,5 @@ def _add(
 
 def _product(a: Array, b: Array, scaling: float) -> Array:
     """s B A in float32."""
-    return np.float32(scaling) * (b.astype(np.float32) @ a.astype(np.float32))
+    with np.errstate(over="ignore"):  # what is not finite is an error later
+        return np.float32(scaling) * (b.astype(np.float32) @ a.astype(np.float32))

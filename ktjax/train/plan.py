@@ -403,6 +403,7 @@ def _skeleton(model: ModelConfig, config: TrainConfig, store: ExpertStore) -> De
             store,
             lora_rank=own.rank,
             lora_alpha=own.scaling * own.rank,
+            dropout=own.dropout,
             activation_policy=config.activation_policy,
             rngs=nnx.Rngs(0),
         )

@@ -99,12 +99,13 @@ class LoRAConfig:
         shrink as the rank grows (arXiv:2312.03732).
       rank_pattern: pattern -> rank of the modules that it fits.
       alpha_pattern: pattern -> alpha of the modules that it fits.
+      dropout: the share of the adapters' input values that a training step drops; at
+        least 0 and below 1.
       targets: patterns of the modules that have adapters.
-      dropout: 0. Anything else is refused: the kernels read one input for base and
-        adapters, and dropout is of the adapters' alone.
 
     Raises:
-      ValueError: a rank, an alpha or a pattern that cannot be used; the message has it.
+      ValueError: a rank, an alpha, a rate or a pattern that cannot be used; the message
+        has it.
     """
 
     rank: int = 16
@@ -130,12 +131,9 @@ class LoRAConfig:
             )
         for key in self.targets:
             _module_pattern("targets", key)
-        if self.dropout != 0:
+        if not 0 <= self.dropout < 1:  # NaN fails too
             raise ValueError(
-                f"lora_dropout must be 0, got {self.dropout}: the kernels read one "
-                "input for an expert's base weights and for its adapters, so dropout "
-                "of the adapters' input alone is not built; use weight_decay or a "
-                "lower rank against overfitting"
+                f"lora_dropout must be at least 0 and below 1, got {self.dropout}"
             )
 
     @property
@@ -153,6 +151,7 @@ class LoRAConfig:
             _first_fit(self.rank_pattern, name, self.rank),
             _first_fit(self.alpha_pattern, name, self.alpha),
             self.rslora,
+            dropout=self.dropout,
         )
 
     def check_patterns(self, names: Iterable[str]) -> None:

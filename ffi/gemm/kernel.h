@@ -21,6 +21,7 @@
 
 #include "base/types.h"
 #include "format/format.h"
+#include "gemm/dropout.h"
 
 namespace ktjax {
 
@@ -176,6 +177,18 @@ struct Epilogues {
                             ptrdiff_t stride);
   void (*store_columns_bf16)(const float* c, int rows, int columns, bf16* dst,
                              ptrdiff_t stride);
+
+  // Dropout. dst = src where the mask keeps it, else 0, in all parts of src; `columns`
+  // is a multiple of 16.
+  void (*copy_kept)(const DropoutMask& mask, SplitRows src, int rows, int columns,
+                    SplitRows dst);
+  // The same in place in a panel whose depths are the rows and whose outputs are the
+  // columns, and in its low part unless that is null.
+  void (*drop_from_panel)(const DropoutMask& mask, int rows, int strips, bf16* high,
+                          bf16* low);
+  // c += src where the mask keeps it; src is a tile like c.
+  void (*add_kept)(const DropoutMask& mask, const float* src, int rows, int strips,
+                   float* c);
 };
 
 // All that one instruction set provides. Instances are constants, one per file.

@@ -3,6 +3,7 @@
 from ktjax.experts_state import StoreHandle
 from ktjax.nn.adapted import AdaptedLinear
 from ktjax.nn.dense import GatedMLP, linear
+from ktjax.nn.dropout import AdapterDropout
 from ktjax.nn.experts import ReferenceExperts, RoutedExperts
 from ktjax.nn.frozen import FrozenLinear
 from ktjax.nn.layer import MoELayer
@@ -19,6 +20,7 @@ from ktjax.nn.vocabulary import token_losses
 
 __all__ = [
     "AdaptedLinear",
+    "AdapterDropout",
     "CorrectionBias",
     "FrozenLinear",
     "GatedMLP",

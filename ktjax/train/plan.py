@@ -408,6 +408,7 @@ def _skeleton(model: ModelConfig, config: TrainConfig, store: ExpertStore) -> De
             store,
             lora_rank=own.rank if config.lora.adapts(name) else None,
             lora_alpha=own.scaling * own.rank,
+            dropout=own.dropout,
             activation_policy=config.activation_policy,
             rngs=nnx.Rngs(0),
         )

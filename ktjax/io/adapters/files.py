@@ -87,8 +87,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     strengths, layers = _LAYOUTS[layout].decode(file, config)
     theirs, found = projections.decode(others, config)
     try:
-        every = {**strengths, **theirs}
-        return Adapter.of(every, layers, config.base_model, found)
+        return Adapter.of(
+            {**strengths, **theirs}, layers, config.base_model, config.dropout, found
+        )
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
 
@@ -208,7 +209,8 @@ def _config(
     """The content of adapter_config.json.
 
     Never rsLoRA: when PEFT joins gate and up it doubles rank and alpha, which leaves
-    alpha / rank alone but not alpha / √rank.
+    alpha / rank alone but not alpha / √rank. Dropout is 0 in the fused layout: PEFT
+    refuses to load `target_parameters` with it.
     """
     is_fused = layout == "peft-fused" and bool(adapter.layers)
     ranks, alphas = _patterns(adapter, is_fused)
@@ -223,7 +225,7 @@ def _config(
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": _plain(adapter.alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if is_fused else adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -18,6 +18,7 @@ from ktjax.models import apply_adapter, extract_adapter, from_pretrained
 from ktjax.models.targets import adapted
 from ktjax.nn import AdaptedLinear, FrozenLinear
 from ktjax.nn.dense import linear
+from ktjax.ops.dropout import keep
 
 TARGETS = ("experts", "q_proj", r"layers\.[01]\.self_attn\.o_proj", "lm_head")
 NAMES = {
@@ -87,6 +88,32 @@ def test_a_projection_of_xla_with_adapters(dtype):
     assert set(nnx.state(module, nnx.LoRAParam)) == {"lora_a", "lora_b"}
 
 
+@pytest.mark.parametrize("kind", [AdaptedLinear, FrozenLinear])
+def test_dropout_is_of_the_adapters_input(kind, monkeypatch):
+    inputs = make_inputs(Case(rows=12, rank=4))
+    out, inner = inputs.weight.shape
+    if kind is AdaptedLinear:
+        base = linear(inner, out, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        base.kernel.set_value(jnp.asarray(inputs.weight.T, jnp.float32))
+    else:
+        base = ktjax.LinearStore.from_array(inputs.weight)
+    module = kind(base, lora_rank=4, lora_alpha=8.0, dropout=0.25, rngs=nnx.Rngs(0))
+    module.lora_a[...], module.lora_b[...] = inputs.lora.a, inputs.lora.b
+    x = inputs.x.astype(jnp.float32).reshape(3, 4, inner)
+    assert relative(module(x), module(x)) > 0.01  # another mask
+    module.eval()
+    plain = ktjax.reference.linear(x, inputs.weight, inputs.lora, scaling=2.0)
+    assert relative(module(x), plain) <= 1e-4
+    module.train()
+    seed = jnp.array([1, 2], jnp.uint32)
+    monkeypatch.setattr(type(module.dropout), "seed", lambda self: seed)
+    seen = jnp.where(keep(seed, 12, inner, "x", 0.25).reshape(x.shape), x, 0) / 0.75
+    adapters = inputs.lora
+    want = ktjax.reference.linear(x, inputs.weight)
+    want += 2.0 * (seen @ adapters.a.T.astype(jnp.float32)) @ adapters.b.T
+    assert relative(module(x), want) <= 1e-4
+
+
 def test_which_modules_have_adapters():
     model = load()
     places = adapted(model)
@@ -147,6 +174,22 @@ def test_recomputed_layers_have_the_same_gradients():
     want = gradients(fill(load()))
     for got, value in zip(gradients(fill(load(remat=True))), want, strict=True):
         assert relative(got, value) <= 1e-5
+
+
+def test_dropout_is_the_same_in_stores_and_recomputations():
+    """Seeds are drawn in the same order; another mask would be another gradient."""
+    lora = LoRAConfig(4, 8.0, targets=TARGETS[:-1], dropout=0.25)
+    kinds = {"dense": "bf16", "remat": True}, {"dense": "xla"}
+    ours, theirs = (fill(load(lora=lora, **options)) for options in kinds)
+    want, loss_of_all = gradients(theirs), loss(theirs)
+    for got, value in zip(gradients(ours), want, strict=True):
+        assert relative(got, value) <= 2e-3
+    theirs.eval()
+    assert abs(loss(theirs) - loss_of_all) > 1e-4
+    assert extract_adapter(ours).dropout == 0.25
+    ours.close()
+    with pytest.raises(ValueError, match="dropout of lm_head is not built: logits are"):
+        load(lora=LoRAConfig(targets=("lm_head",), dropout=0.1))
 
 
 def test_adapters_into_a_model_with_others():

@@ -101,6 +101,20 @@ def test_resuming_is_bit_exact(run, tmp_path):
     assert len(names) == 3 * 6 + 2 * len(NAMES)
 
 
+def test_dropout_is_resumed_bit_exactly(tmp_path):
+    """Random streams are saved with the adapters of projections too."""
+    options = {"lora_dropout": 0.2, "targets": "q_proj,v_proj", "rank_pattern": {}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, **options)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000003")
+    train(cut, resume=True, **options)
+    assert bits(cut, 3) == bits(whole, 3)
+    counts = {name for file, name in bits(whole, 3) if file == "random"}
+    assert any("q_proj.dropout" in name for name in counts), counts
+    assert read_run(whole).dropout == 0.2
+
+
 def test_answers_come_from_the_run_and_from_its_export(run):
     want = read_run(run)
     for options, dense in (

@@ -118,7 +118,8 @@ def check_targets(model: Decoder, lora: LoRAConfig, frozen: Iterable[str]) -> No
     Raises:
       FrozenTargetError: a target fits no module, or one that would stay frozen; names
         both, and what can be trained.
-      ValueError: a rank or alpha pattern fits no module that is trained.
+      ValueError: a rank or alpha pattern fits no module that is trained, or dropout of
+        the output head.
     """
     names = [experts_name(index) for index, _ in model.moe_layers()]
     names += [projection.name for projection in projections(model)]
@@ -139,6 +140,12 @@ def check_targets(model: Decoder, lora: LoRAConfig, frozen: Iterable[str]) -> No
             raise FrozenTargetError(
                 f"targets: '{target}' fits no module of this model; {said}{can}"
             )
+    if lora.dropout and "lm_head" in names and lora.adapts("lm_head"):
+        raise ValueError(
+            "lora_dropout: dropout of lm_head is not built: logits are computed in "
+            "chunks of tokens, each of which would draw anew; leave lm_head out of "
+            "targets, or lora_dropout at 0"
+        )
     lora.check_patterns(filter(lora.adapts, names))
 
 
@@ -148,7 +155,7 @@ def adapt_projections(model: Decoder, lora: LoRAConfig, rngs: nnx.Rngs) -> None:
     Args:
       model: with weights or as shapes alone.
       lora: what applies to which.
-      rngs: source of the initial values.
+      rngs: source of the initial values, and of dropout's stream.
     """
     for projection in projections(model):
         if not lora.adapts(projection.name):
@@ -157,10 +164,10 @@ def adapt_projections(model: Decoder, lora: LoRAConfig, rngs: nnx.Rngs) -> None:
         # The module scales by alpha / rank, rsLoRA by something else.
         rank, alpha = own.rank, own.scaling * own.rank
         if isinstance(module, FrozenLinear):
-            store = module.store
-            module.init_lora(
-                store.out_features, store.in_features, rank, alpha, rngs=rngs
-            )
+            shape = module.store.out_features, module.store.in_features
+            module.init_lora(*shape, rank, alpha, dropout=own.dropout, rngs=rngs)
             continue
-        wrapped = AdaptedLinear(module, lora_rank=rank, lora_alpha=alpha, rngs=rngs)
+        wrapped = AdaptedLinear(
+            module, lora_rank=rank, lora_alpha=alpha, dropout=own.dropout, rngs=rngs
+        )
         setattr(projection.owner, projection.part, wrapped)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from ktjax.lora import LinearLoRA, LoRA, check_rank
+from ktjax.nn.dropout import AdapterDropout
+from ktjax.ops.dropout import keep
 
 Array = Any
 
@@ -20,10 +23,13 @@ class LinearAdapters(nnx.Module):
       lora_b: `[out, rank]`, likewise.
       lora_rank: their rank, or None.
       scaling: lora_alpha / lora_rank.
+      dropout: the `AdapterDropout` of their input; draws a seed a call. None without a
+        rank.
     """
 
     lora_rank: int | None = None
     scaling: float = 1.0
+    dropout: AdapterDropout | None = None
 
     def init_lora(
         self,
@@ -32,6 +38,7 @@ class LinearAdapters(nnx.Module):
         rank: int,
         alpha: float | None = None,
         *,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None,
     ) -> None:
@@ -42,11 +49,12 @@ class LinearAdapters(nnx.Module):
           in_features: the projection's.
           rank: 1 to 256.
           alpha: adapters are scaled by alpha / rank; None = rank.
+          dropout: rate of dropout on the adapters' input, in training.
           param_dtype: dtype of the adapters, float32 or bfloat16.
-          rngs: source of A's values.
+          rngs: source of A's values, and, as its stream `dropout`, of seeds.
 
         Raises:
-          ValueError: no rngs, or a rank out of its range.
+          ValueError: no rngs, or a rank or a rate out of its range.
         """
         check_rank(rank)
         if rngs is None:
@@ -57,8 +65,30 @@ class LinearAdapters(nnx.Module):
         for name, shape in shapes.items():
             value = LoRA.draw(name, shape, rngs.params, param_dtype)
             setattr(self, f"lora_{name}", nnx.LoRAParam(value))
+        self.dropout = AdapterDropout(dropout, rngs=rngs, where=type(self).__name__)
         self.lora_rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
+
+    def added(self, x: Array, seed: Array | None) -> Array:
+        """What the adapters add, `s (D(x) Aᵀ) Bᵀ`, by XLA in float32.
+
+        Args:
+          x: `[..., in]`, float32 or bfloat16.
+          seed: decides which values D drops, by token and column, with the masks of
+            `ktjax.moe`; None: none.
+
+        Returns:
+          `[..., out]` float32.
+        """
+        lora, scaling = self.lora, self.scaling
+        assert lora is not None
+        seen = x.astype(jnp.float32)
+        if seed is not None:
+            assert self.dropout is not None
+            rate, rows = self.dropout.rate, math.prod(x.shape[:-1])
+            kept = keep(seed, rows, x.shape[-1], "x", rate).reshape(x.shape)
+            seen, scaling = jnp.where(kept, seen, 0), scaling / (1 - rate)
+        return scaling * (seen @ lora.a.T @ lora.b.T)
 
     @property
     def lora(self) -> LinearLoRA | None:
@@ -86,6 +116,7 @@ class AdaptedLinear(LinearAdapters):
         *,
         lora_rank: int,
         lora_alpha: float | None = None,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -95,11 +126,13 @@ class AdaptedLinear(LinearAdapters):
           base: the projection.
           lora_rank: 1 to 256.
           lora_alpha: adapters are scaled by lora_alpha / lora_rank; None = lora_rank.
+          dropout: rate of dropout on the adapters' input. As of any `nnx.Dropout`,
+            `model.eval()` ends it and `model.train()` brings it back.
           param_dtype: dtype of the adapters, float32 or bfloat16.
-          rngs: source of A's initial values.
+          rngs: source of A's initial values, and, as its stream `dropout`, of seeds.
 
         Raises:
-          ValueError: a rank out of its range.
+          ValueError: a rank or a rate out of its range.
         """
         self.base = base
         self.init_lora(
@@ -107,6 +140,7 @@ class AdaptedLinear(LinearAdapters):
             base.in_features,
             lora_rank,
             lora_alpha,
+            dropout=dropout,
             param_dtype=param_dtype,
             rngs=rngs,
         )
@@ -118,7 +152,6 @@ class AdaptedLinear(LinearAdapters):
 
     def __call__(self, x: Array) -> Array:
         """x `[..., in]`, float32 or bfloat16 -> `[..., out]` in the dtype of x."""
-        y, lora = self.base(x), self.lora
-        assert lora is not None
-        inner = x.astype(jnp.float32) @ lora.a.T
-        return (y + self.scaling * (inner @ lora.b.T)).astype(y.dtype)
+        assert self.dropout is not None
+        y = self.base(x)
+        return (y + self.added(x, self.dropout.seed())).astype(y.dtype)

@@ -25,6 +25,7 @@ class FrozenLinear(LinearAdapters, Stored):
       bias: `[out]`, or None.
       lora_rank: rank of the adapters, or None.
       scaling: lora_alpha / lora_rank.
+      dropout: the `AdapterDropout` of the adapters' input; None without a rank.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class FrozenLinear(LinearAdapters, Stored):
         *,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
@@ -44,25 +46,41 @@ class FrozenLinear(LinearAdapters, Stored):
           bias: `[out]`, added in the dtype of x; None for none.
           lora_rank: 1 to 256, or None for no adapters.
           lora_alpha: adapters are scaled by lora_alpha / lora_rank; None = lora_rank.
+          dropout: rate of dropout on the adapters' input. As of any `nnx.Dropout`,
+            `model.eval()` ends it and `model.train()` brings it back.
           param_dtype: dtype of the adapters, float32 or bfloat16.
-          rngs: source of A's initial values; needed with a rank.
+          rngs: source of A's initial values, and, as its stream `dropout`, of seeds;
+            needed with a rank.
 
         Raises:
-          ValueError: a rank without rngs or out of its range.
+          ValueError: a rank without rngs or out of its range, or a rate out of its
+            range or without a rank.
         """
         self._hold(store)
         self.bias = nnx.data(bias)
+        if lora_rank is None and dropout:
+            raise ValueError(
+                "FrozenLinear: dropout is of the adapters' input and needs a "
+                f"lora_rank, got a rate of {dropout} without one"
+            )
         if lora_rank is not None:
             self.init_lora(
                 store.out_features,
                 store.in_features,
                 lora_rank,
                 lora_alpha,
+                dropout=dropout,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
 
     def __call__(self, x: Array) -> Array:
         """x `[..., in]`, float32 or bfloat16 -> `[..., out]` in the dtype of x."""
-        y = linear(x, self.store, self.lora, scaling=self.scaling)
+        seed = None if self.dropout is None else self.dropout.seed()
+        if seed is None:
+            y = linear(x, self.store, self.lora, scaling=self.scaling)
+        else:
+            # The kernels read one input, and here the adapters see another.
+            y = linear(x, self.store)
+            y = (y + self.added(x, seed)).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_cases import make_linear
 from demo_cases import gradient
 from flax import nnx
 from train_standin import Silent, StopAt, make_config
@@ -193,10 +194,23 @@ def test_the_reference_policy_drops_nothing(make, rate, examples):
     assert (abs(float(metrics["reward_margin"])) > 1e-5) == (rate > 0)
 
 
-@pytest.mark.parametrize(("layout", "noted"), [("peft", RATE), ("peft-fused", 0.0)])
-def test_an_export_notes_the_rate_where_peft_takes_it(make, tmp_path, layout, noted):
+@pytest.mark.parametrize(
+    ("layout", "module", "noted"),
+    [
+        ("peft", None, 0.0),
+        ("peft-fused", None, 0.0),
+        ("peft", "self_attn.q_proj", RATE),
+        ("peft", "mlp.up_proj", 0.0),  # a parameter, for PEFT
+    ],
+)
+def test_an_export_notes_the_rate_where_peft_takes_it(
+    make, tmp_path, layout, module, noted
+):
     adapter = extract_adapter(make(RATE))
     assert adapter.dropout == RATE
+    if module is not None:
+        projections = {f"model.layers.0.{module}": make_linear(rank=4)}
+        adapter = dataclasses.replace(adapter, layers={}, projections=projections)
     assert adapter.lora_config().dropout == 0
     write_adapter(tmp_path / "a", adapter, "qwen3_moe", layout=layout)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -209,8 +209,9 @@ def _config(
     """The content of adapter_config.json.
 
     Never rsLoRA: when PEFT joins gate and up it doubles rank and alpha, which leaves
-    alpha / rank alone but not alpha / √rank. Dropout is 0 in the fused layout: PEFT
-    refuses to load `target_parameters` with it.
+    alpha / rank alone but not alpha / √rank. Dropout is 0 where PEFT adapts
+    parameters, with which it refuses to load: experts in either layout (from version 5
+    of transformers on), and what `projections.targets` says.
     """
     is_fused = layout == "peft-fused" and bool(adapter.layers)
     ranks, alphas = _patterns(adapter, is_fused)
@@ -225,7 +226,7 @@ def _config(
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": _plain(adapter.alpha),
-        "lora_dropout": 0.0 if is_fused else adapter.dropout,
+        "lora_dropout": 0.0 if adapter.layers or parameters else adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -67,7 +67,6 @@ def extract_adapter(model: Decoder, base_model: str | None = None) -> Adapter:
     """
     layers: dict[int, LoRA] = {}
     strengths: dict[int, Strength] = {}
-    dropout = 0.0
     for index, layer in model.moe_layers():
         experts: Any = layer.experts
         if experts.lora is None:
@@ -77,8 +76,7 @@ def extract_adapter(model: Decoder, base_model: str | None = None) -> Adapter:
         layers[index] = LoRA(*map(np.asarray, experts.lora.arrays()))
         rank = experts.lora_rank
         strengths[index] = Strength(rank, experts.scaling * rank)
-        dropout = experts.dropout.rate  # the same in all layers
-    return Adapter.of(strengths, layers, base_model, dropout)
+    return Adapter.of(strengths, layers, base_model)
 
 
 def _named(lora: LoRA) -> list[tuple[str, Any]]:

@@ -73,7 +73,6 @@ def read_run(path: str | os.PathLike[str]) -> Adapter:
             {index: Strength(c.rank, c.scaling * c.rank) for index, c in own.items()},
             {index: LoRA(**arrays) for index, arrays in sorted(layers.items())},
             model,
-            lora.dropout,
         )
     except KeyError as error:
         raise checkpoint.CheckpointError(
@@ -95,7 +94,6 @@ def lora_of(config: Mapping[str, Any]) -> LoRAConfig:
         # Younger than the first checkpoints.
         config.get("rslora", False),
         config.get("rank_pattern", {}),
-        dropout=config.get("lora_dropout", 0.0),
     )
 
 

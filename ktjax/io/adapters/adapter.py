@@ -48,8 +48,6 @@ class Adapter:
         bfloat16.
       base_model: where the base model is, a directory or a name, or None.
       strengths: layer index -> rank and alpha, for layers that have others.
-      dropout: the rate of dropout on the adapters' inputs that it was trained with: a
-        note for those who train it further, of which no result depends.
 
     Raises:
       AdapterError: no layers, an alpha that is not positive, a wrong shape or dtype, or
@@ -61,7 +59,6 @@ class Adapter:
     layers: Mapping[int, LoRA]
     base_model: str | None = None
     strengths: Mapping[int, Strength] = dataclasses.field(default_factory=dict)
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for alpha in (self.alpha, *(s.alpha for s in self.strengths.values())):
@@ -98,7 +95,6 @@ class Adapter:
         strengths: Mapping[int, Strength],
         layers: Mapping[int, LoRA],
         base_model: str | None = None,
-        dropout: float = 0.0,
     ) -> Adapter:
         """An adapter from the strength of each layer; the most common one is its own.
 
@@ -110,14 +106,14 @@ class Adapter:
             raise AdapterError("it has no layers")
         own, _ = usual[0]
         others = {index: s for index, s in strengths.items() if s != own}
-        return cls(own.rank, own.alpha, layers, base_model, others, dropout)
+        return cls(own.rank, own.alpha, layers, base_model, others)
 
     def strength(self, layer: int) -> Strength:
         """Rank and alpha of a layer."""
         return self.strengths.get(layer, Strength(self.rank, self.alpha))
 
     def lora_config(self) -> LoRAConfig:
-        """What a model is loaded with to take this adapter; without its dropout."""
+        """What a model is loaded with to take this adapter; without dropout."""
         own = {rf"layers\.{index}\..*": s for index, s in self.strengths.items()}
         return LoRAConfig(
             self.rank,

@@ -83,7 +83,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     layout, file, config = _open(directory)
     strengths, layers = _LAYOUTS[layout].decode(file, config)
     try:
-        return Adapter.of(strengths, layers, config.base_model, config.dropout)
+        return Adapter.of(strengths, layers, config.base_model)
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
 
@@ -189,8 +189,8 @@ def _config(
     """The content of adapter_config.json.
 
     Never rsLoRA: when PEFT joins gate and up it doubles rank and alpha, which leaves
-    alpha / rank alone but not alpha / √rank. Dropout is 0 in the fused layout: PEFT
-    refuses to load `target_parameters` with it.
+    alpha / rank alone but not alpha / √rank. Never dropout, whatever the training had:
+    PEFT makes one parameter of per-expert adapters too, and refuses dropout for it.
     """
     is_fused = layout == "peft-fused"
     ranks, alphas = _patterns(adapter, is_fused)
@@ -200,7 +200,7 @@ def _config(
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": _plain(adapter.alpha),
-        "lora_dropout": 0.0 if is_fused else adapter.dropout,
+        "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

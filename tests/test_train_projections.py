@@ -112,7 +112,6 @@ def test_dropout_is_resumed_bit_exactly(tmp_path):
     assert bits(cut, 3) == bits(whole, 3)
     counts = {name for file, name in bits(whole, 3) if file == "random"}
     assert any("q_proj.dropout" in name for name in counts), counts
-    assert read_run(whole).dropout == 0.2
 
 
 def test_answers_come_from_the_run_and_from_its_export(run):

@@ -76,8 +76,7 @@ def extract_adapter(model: Decoder, base_model: str | None = None) -> Adapter:
         else:
             named[place] = LinearLoRA(*arrays)
     strengths = {place: strength_of(module) for place, module in modules.items()}
-    dropout = next(iter(modules.values())).dropout.rate  # the same in all
-    return Adapter.of(strengths, layers, base_model, dropout, named)
+    return Adapter.of(strengths, layers, base_model, named)
 
 
 def strength_of(module: Any) -> Strength:

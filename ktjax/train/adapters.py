@@ -73,7 +73,7 @@ def read_run(path: str | os.PathLike[str]) -> Adapter:
         lora, model = lora_of(meta["config"]), meta["model"]
         places: list[Place] = [*layers, *projections]
         strengths = {place: _strength(lora, place) for place in places}
-        return Adapter.of(strengths, layers, model, lora.dropout, projections)
+        return Adapter.of(strengths, layers, model, projections)
     except KeyError as error:
         raise checkpoint.CheckpointError(
             f"{chosen}: its meta.json has no {error}"
@@ -128,7 +128,6 @@ def lora_of(config: Mapping[str, Any]) -> LoRAConfig:
         # Younger than the first checkpoints.
         config.get("rslora", False),
         config.get("rank_pattern", {}),
-        dropout=config.get("lora_dropout", 0.0),
         targets=split_patterns(config.get("targets", "experts")),
     )
 

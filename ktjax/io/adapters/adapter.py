@@ -56,8 +56,6 @@ class Adapter:
       base_model: where the base model is, a directory or a name, or None.
       strengths: layer index or projection -> rank and alpha, for those that have
         others.
-      dropout: the rate of dropout on the adapters' inputs that it was trained with: a
-        note for those who train it further, of which no result depends.
       projections: name in the model's checkpoint -> the two arrays, in the same dtype.
 
     Raises:
@@ -70,7 +68,6 @@ class Adapter:
     layers: Mapping[int, LoRA]
     base_model: str | None = None
     strengths: Mapping[Place, Strength] = dataclasses.field(default_factory=dict)
-    dropout: float = 0.0
     projections: Mapping[str, LinearLoRA] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,7 +110,6 @@ class Adapter:
         strengths: Mapping[Any, Strength],
         layers: Mapping[int, LoRA],
         base_model: str | None = None,
-        dropout: float = 0.0,
         projections: Mapping[str, LinearLoRA] | None = None,
     ) -> Adapter:
         """An adapter from the strength of everything that it adapts.
@@ -128,15 +124,9 @@ class Adapter:
         if not usual:
             raise AdapterError("it adapts nothing")
         own, _ = usual[0]
-        return cls(
-            own.rank,
-            own.alpha,
-            layers,
-            base_model,
-            {place: s for place, s in strengths.items() if s != own},
-            dropout,
-            projections or {},
-        )
+        others = {place: s for place, s in strengths.items() if s != own}
+        projections = projections or {}
+        return cls(own.rank, own.alpha, layers, base_model, others, projections)
 
     def items(self) -> Iterator[tuple[Place, LoRA | LinearLoRA]]:
         """What is adapted, and its arrays; the experts first."""
@@ -148,7 +138,7 @@ class Adapter:
         return self.strengths.get(place, Strength(self.rank, self.alpha))
 
     def lora_config(self) -> LoRAConfig:
-        """What a model is loaded with to take this adapter; without its dropout."""
+        """What a model is loaded with to take this adapter; without dropout."""
         alike: dict[Strength, list[Place]] = {}
         for place, strength in self.strengths.items():
             alike.setdefault(strength, []).append(place)

@@ -87,9 +87,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     strengths, layers = _LAYOUTS[layout].decode(file, config)
     theirs, found = projections.decode(others, config)
     try:
-        return Adapter.of(
-            {**strengths, **theirs}, layers, config.base_model, config.dropout, found
-        )
+        every = {**strengths, **theirs}
+        return Adapter.of(every, layers, config.base_model, found)
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
 
@@ -209,9 +208,8 @@ def _config(
     """The content of adapter_config.json.
 
     Never rsLoRA: when PEFT joins gate and up it doubles rank and alpha, which leaves
-    alpha / rank alone but not alpha / √rank. Dropout is 0 where PEFT adapts
-    parameters, with which it refuses to load: experts in either layout (from version 5
-    of transformers on), and what `projections.targets` says.
+    alpha / rank alone but not alpha / √rank. Never dropout, whatever the training had:
+    PEFT makes one parameter of per-expert adapters too, and refuses dropout for it.
     """
     is_fused = layout == "peft-fused" and bool(adapter.layers)
     ranks, alphas = _patterns(adapter, is_fused)
@@ -226,7 +224,7 @@ def _config(
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank,
         "lora_alpha": _plain(adapter.alpha),
-        "lora_dropout": 0.0 if adapter.layers or parameters else adapter.dropout,
+        "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

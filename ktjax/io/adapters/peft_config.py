@@ -38,7 +38,6 @@ class PeftConfig:
       path: the file.
       base_model: `base_model_name_or_path`, or None.
       rslora: whether the scaling is alpha / √rank.
-      dropout: the rate of dropout in training.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,7 +52,6 @@ class PeftConfig:
         self.base_model = _text(raw.get("base_model_name_or_path"))
         self._parameters = _names(raw.get("target_parameters"))
         self.rslora = self._check_flag("use_rslora", raw.get("use_rslora"))
-        self.dropout = self._check_dropout(raw.get("lora_dropout"))
         self._refuse_unsupported(raw)
         self._rank = self._check_rank("r", raw.get("r"))
         self._alpha = self._check_alpha("lora_alpha", raw.get("lora_alpha"))
@@ -125,14 +123,6 @@ class PeftConfig:
                 f"{self.path}: {where} must be a positive number, got {value!r}"
             )
         return value
-
-    def _check_dropout(self, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value <= 1):
-            raise AdapterError(
-                f"{self.path}: lora_dropout must be a number from 0 to 1, got {value!r}"
-            )
-        return float(value or 0)
 
     def _patterns(
         self, raw: dict[str, Any], name: str, check: Any

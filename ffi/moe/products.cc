@@ -12,8 +12,7 @@ void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
   constexpr int64_t kMost = 8192;
   const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
   if (depth != rows.stride || bytes > kMost) return;
-  const char* line = reinterpret_cast<const char*>(rows.row(outputs));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+  Fetch(rows.row(outputs), bytes);
 }
 
 }  // namespace
@@ -58,11 +57,11 @@ void Products::StoreGrad(const RowFactor& factor, int rank, const float* tile,
                          int column, int outputs) const {
   const int64_t offset = factor.transposed ? column * factor.stride : column;
   if (factor.grad.is_float32) {
-    (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
+    (factor.transposed ? epilogues_.stream_columns_f32 : epilogues_.stream_rows_f32)(
         tile, rank, outputs, static_cast<float*>(factor.grad.data) + offset,
         factor.stride);
   } else {
-    (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
+    (factor.transposed ? epilogues_.stream_columns_bf16 : epilogues_.stream_rows_bf16)(
         tile, rank, outputs, static_cast<bf16*>(factor.grad.data) + offset,
         factor.stride);
   }

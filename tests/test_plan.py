@@ -14,7 +14,8 @@ from ktjax import assets, cli
 from ktjax.commands import PlanConfig, run_plan
 from ktjax.models import ModelConfig, from_pretrained
 from ktjax.train import plan, split_model
-from ktjax.train.step import init_state, make_optimizer
+from ktjax.train.optimizer import make_optimizer
+from ktjax.train.step import init_state
 
 DEMO = assets.demo_model()
 

@@ -29,10 +29,9 @@ from ktjax.train.checkpoint import list_checkpoints, load_tree
 from ktjax.train.config import TrainConfig
 from ktjax.train.loop import TrainingError, fit
 from ktjax.train.loss import weigh
+from ktjax.train.optimizer import make_optimizer, make_schedule
 from ktjax.train.step import (
     init_state,
-    make_optimizer,
-    make_schedule,
     make_train_step,
     split_model,
 )

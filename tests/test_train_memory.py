@@ -14,7 +14,8 @@ from ktjax import assets
 from ktjax.config import LoRAConfig
 from ktjax.models import ModelConfig, from_pretrained
 from ktjax.train import Batcher, Example, make_train_step, plan, split_model
-from ktjax.train.step import init_state, make_optimizer
+from ktjax.train.optimizer import make_optimizer
+from ktjax.train.step import init_state
 
 
 def load(**kwargs):

@@ -12,6 +12,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from ktjax import backend
 from ktjax.config import LoRAConfig
 from ktjax.experts_load import make_store
 from ktjax.io import Checkpoint, read_experts
@@ -134,6 +135,10 @@ def from_pretrained(
         for name, variable, transpose in _dense_tensors(model):
             name = _name_in(checkpoint, config.model_type, name)
             _assign(checkpoint, name, variable, transpose)
+        # What was read, and what was made of it on the way, would stay resident while
+        # experts come: of Qwen3-30B-A3B 4 GB.
+        checkpoint.release_pages()
+        backend.trim_memory()
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
             if lora is not None:
@@ -158,6 +163,8 @@ def from_pretrained(
                 compute=compute,
                 **kwargs,
             )
+            checkpoint.release_pages()
+        backend.trim_memory()
     except BaseException:
         model.close()
         raise

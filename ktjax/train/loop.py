@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ktjax import backend
 from ktjax.train import checkpoint
 from ktjax.train.batching import START, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
@@ -23,10 +24,10 @@ from ktjax.train.data import Example, fingerprint, fingerprint_arrays
 from ktjax.train.evaluate import Best, Evaluator
 from ktjax.train.metrics import Log, MetricsError, MetricsLog, TensorBoardLog
 from ktjax.train.objective import objective_of
+from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
     TrainState,
     init_state,
-    make_optimizer,
     make_train_step,
     split_model,
 )
@@ -112,6 +113,10 @@ def fit(
     if config.patience:  # then evaluations decide when to stop
         data["evaluation_data"] = fingerprint(evaluation)
     at = _Point(init_state(split, make_optimizer(config)), START, Best())
+    graph, frozen = split.graph, split.frozen
+    # The model's own adapters would be a second copy; it gets the trained ones back.
+    nnx.update(model, at.state.lora)
+    del split
     if config.resume:
         at = _resume(root, at.state, config, data)
     else:
@@ -119,8 +124,8 @@ def fit(
     state, best = at.state, at.best
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
     stream = BatchStream(train, batcher, config.seed, at.position)
-    train_step = make_train_step(split.graph, config)
-    evaluate = Evaluator(model, split, evaluation, config)
+    train_step = make_train_step(graph, config)
+    evaluate = Evaluator(model, frozen, evaluation, config)
     losses: list[float] = []
     step = saved = int(state.step)
 
@@ -134,8 +139,8 @@ def fit(
     def is_hopeless() -> bool:
         return 0 < config.patience <= best.since
 
-    # The model's own adapters would be a second copy; it gets the trained ones back.
     nnx.update(model, state.lora)
+    backend.trim_memory()
     with (
         _open_logs(config, output_dir, step) as log,
         _deferred_interrupt() as interrupted,
@@ -144,7 +149,7 @@ def fit(
         while step < config.steps and not interrupted.is_set() and not is_hopeless():
             began = time.monotonic()
             batch = stream.next()
-            state, raw = train_step(state, split.frozen, batch)
+            state, raw = train_step(state, frozen, batch)
             metrics = {name: float(value) for name, value in raw.items()}
             step += 1
             _check_finite(metrics, int(metrics.pop("bad_gradient")), step, state, root)

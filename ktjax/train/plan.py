@@ -30,11 +30,11 @@ from ktjax.quant.formats import Encoding
 from ktjax.store import ExpertStore, Geometry
 from ktjax.train.batching import Batch
 from ktjax.train.config import TrainConfig
+from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
     SplitModel,
     TrainState,
     init_state,
-    make_optimizer,
     make_train_step,
     split_model,
 )

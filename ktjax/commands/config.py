@@ -184,6 +184,13 @@ class PlanConfig:
     zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
         False
     )
+    dense: Annotated[
+        str | None,
+        Option(
+            "storage format of attention, dense layers, shared experts and the head, "
+            "or xla for plain arrays (default: bf16, where that changes no value)"
+        ),
+    ] = None
     lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
     batch_size: Annotated[int, Option("rows of a micro-batch", least=1)] = 1
     sequence_length: Annotated[int, Option("tokens of a row", least=2)] = 2048

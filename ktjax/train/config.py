@@ -98,6 +98,13 @@ class TrainConfig:
     zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
         False
     )
+    dense: Annotated[
+        str | None,
+        Option(
+            "storage format of attention, dense layers, shared experts and the head, "
+            "or xla for plain arrays (default: bf16, where that changes no value)"
+        ),
+    ] = None
     dtype: Annotated[
         DType,
         Option(

@@ -18,7 +18,7 @@ from flax import nnx
 
 from ktjax import backend
 from ktjax.train import checkpoint
-from ktjax.train.batching import START, Batcher, BatchStream, Position
+from ktjax.train.batching import START, Batch, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
 from ktjax.train.data import Example, fingerprint, fingerprint_arrays
 from ktjax.train.evaluate import Best, Evaluator
@@ -26,6 +26,7 @@ from ktjax.train.metrics import Log, MetricsError, MetricsLog, TensorBoardLog
 from ktjax.train.objective import objective_of
 from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
+    Frozen,
     TrainState,
     init_state,
     make_train_step,
@@ -124,7 +125,7 @@ def fit(
     state, best = at.state, at.best
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
     stream = BatchStream(train, batcher, config.seed, at.position)
-    train_step = make_train_step(graph, config)
+    train_step = _compiled(make_train_step(graph, config))
     evaluate = Evaluator(model, frozen, evaluation, config)
     losses: list[float] = []
     step = saved = int(state.step)
@@ -204,6 +205,26 @@ def chosen_checkpoint(root: Path) -> Path:
     _, newest = saved[-1]
     best = Best.from_json(checkpoint.read_meta(newest).get("best"))
     return dict(saved).get(best.step, newest)
+
+
+def _compiled(
+    step: Any,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted `step`, compiled for every shape of a batch before it runs on one.
+
+    In between goes back to the system what the compiler has used: of a large model
+    hundreds of megabytes, when the step is about to need the most.
+    """
+    programs: dict[tuple[int, ...], Any] = {}
+
+    def run(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+        shape = batch.input_ids.shape
+        if shape not in programs:
+            programs[shape] = step.lower(state, frozen, batch).compile()
+            backend.trim_memory()
+        return programs[shape](state, frozen, batch)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,6 +125,7 @@ def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
         experts=config.experts,
         group_size=config.group_size,
         zero_point=config.zero_point,
+        dense=config.dense,
         dtype=config.dtype,
         lora=config.lora,
         activation_policy=config.activation_policy,

@@ -50,16 +50,19 @@ inline __m512i LoadRow32(const bf16* src, int count) {
 }
 template <Part kPart>
 inline __m512i LoadRow32(const float* src, int count) {
+  const __m512 first =
+      count >= 16 ? _mm512_loadu_ps(src) : _mm512_maskz_loadu_ps(Lanes16(count), src);
+  // Without a mask of zeros: a load of nothing waits for the line from memory too.
+  const __m512 second = count >= 32 ? _mm512_loadu_ps(src + 16)
+                        : count > 16
+                            ? _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16)
+                            : _mm512_setzero_ps();
 #ifdef __AVX512BF16__
   // Five times faster; it takes denormals for zero, as the products do.
-  if constexpr (kPart == Part::kHigh) {
-    return RoundTwo(_mm512_maskz_loadu_ps(Lanes16(count), src),
-                    _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
-  }
+  if constexpr (kPart == Part::kHigh) return RoundTwo(first, second);
 #endif
-  const __m512i low = PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count), src));
-  const __m512i high =
-      PartBits<kPart>(_mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16));
+  const __m512i low = PartBits<kPart>(first);
+  const __m512i high = PartBits<kPart>(second);
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
                             _mm512_cvtepi32_epi16(high), 1);
 }
@@ -99,9 +102,19 @@ inline void Transpose16x16(__m512i r[16]) {
 template <typename T, Part kPart = Part::kHigh>
 void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
                        ptrdiff_t dst_stride) {
+  // Sixteen rows are too many streams to be foreseen.
+  constexpr int kAhead = 8 * kDepth;
   for (int strip = 0; strip < strips; ++strip) {
     const int first = strip * kStrip;
     for (int d = 0; d < depth; d += kDepth) {
+      if (d + kAhead < depth) {
+        for (int i = first; i < outputs && i < first + kStrip; ++i) {
+          const char* line = reinterpret_cast<const char*>(src.row(i) + d + kAhead);
+          for (size_t byte = 0; byte < kDepth * sizeof(T); byte += 64) {
+            _mm_prefetch(line + byte, _MM_HINT_T1);
+          }
+        }
+      }
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {

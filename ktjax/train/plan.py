@@ -9,6 +9,7 @@ the true sizes. So what fits is found without compiling anything more.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -167,15 +168,13 @@ def fit_step(
       config: its batch, length and rank are where the formula is exact.
       compiled: bytes of a step of just this model.
     """
-    here = Size(config.lora_rank, config.batch_size, config.sequence_length)
-    long, ranked = (
-        here._replace(length=2 * here.length),
-        here._replace(
-            rank=min(2 * here.rank, MAX_LORA_RANK) if here.rank > 1 else 1 + _RANK_BLOCK
-        ),
-    )
-    adapters = tree_bytes(abstract(model, config)[1].lora) / here.rank
-    layer = tree_bytes(abstract(shallow(model, 1), config)[1].lora) / here.rank
+    planned = Size(config.lora_rank, config.batch_size, config.sequence_length)
+    # With next to no gradients, what grows with the tokens shows.
+    here = planned._replace(rank=1)
+    long = here._replace(length=2 * here.length)
+    ranked = here._replace(rank=max(planned.rank, 1 + _RANK_BLOCK))
+    adapters = tree_bytes(abstract(model, config)[1].lora) / planned.rank
+    layer = tree_bytes(abstract(shallow(model, 1), config)[1].lora) / planned.rank
     small = dataclasses.replace(model, vocab_size=SMALL_VOCABULARY)
     itemsize = np.dtype(np.float32).itemsize if config.dtype == "float32" else 2
     slots = model.num_experts_per_tok
@@ -183,6 +182,7 @@ def fit_step(
     saves = config.activation_policy == "save"
     low_rank = 2.0 * 6 * slots if saves else 0.0
 
+    @functools.cache
     def measure(depth: int, size: Size, kind: ModelConfig = small) -> int:
         options = dataclasses.replace(
             config,
@@ -200,8 +200,6 @@ def fit_step(
     if config.remat:
         kept = (float(model.hidden_size * itemsize), 0.0)
     else:
-        # Deep enough, the end that has more of what is kept decides: 2 and 3 layers of
-        # many tokens say what that is.
         points = []
         for size in (here, long):
             grown = measure(3, size) - measure(2, size)

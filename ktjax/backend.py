@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import threading
@@ -96,6 +97,15 @@ def release_pool() -> None:
         if _pool is not None:
             _native.release_pool()
             _pool = None
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, which the process keeps otherwise.
+
+    For between phases that need memory of different kinds, as loading, compiling and
+    training do: what one leaves is in pieces that the next cannot use.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe() -> dict[str, Any]:

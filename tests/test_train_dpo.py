@@ -29,9 +29,9 @@ from ktjax.train.data import (
 )
 from ktjax.train.loop import fit
 from ktjax.train.objective import dpo
+from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
     init_state,
-    make_optimizer,
     make_train_step,
     split_model,
 )

@@ -29,10 +29,9 @@ from ktjax.train.checkpoint import list_checkpoints, load_tree
 from ktjax.train.config import TrainConfig
 from ktjax.train.loop import TrainingError, fit
 from ktjax.train.loss import weigh
+from ktjax.train.optimizer import make_optimizer, make_schedule
 from ktjax.train.step import (
     init_state,
-    make_optimizer,
-    make_schedule,
     make_train_step,
     split_model,
 )
@@ -189,17 +188,19 @@ def test_one_trace_for_many_steps():
 def poison(monkeypatch, change):
     """Let `change(model state, batch)` spoil what the third step sees."""
 
-    def poisoned(graph, config):
-        step = make_train_step(graph, config)
+    compiled = loop._compiled
+
+    def poisoned(step):
+        run = compiled(step)
 
         def poison_third(state, frozen, batch):
             if int(state.step) == 2:
                 state, batch = change(state, batch)
-            return step(state, frozen, batch)
+            return run(state, frozen, batch)
 
         return poison_third
 
-    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    monkeypatch.setattr(loop, "_compiled", poisoned)
 
 
 def test_nan_guard_names_the_step_and_the_loss(tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ from train_standin import make_config
 
 from ktjax import assets
 from ktjax.models import ModelConfig
-from ktjax.train import Batcher, Example, make_train_step, plan, split_model
-from ktjax.train.step import init_state, make_optimizer
+from ktjax.train import Batcher, Example, make_train_step, plan_program, split_model
+from ktjax.train.optimizer import make_optimizer
+from ktjax.train.step import init_state
 
 
 @pytest.mark.parametrize("policy", ["save", "recompute"])
@@ -38,8 +39,9 @@ def step_bytes(depth, **changes):
     """What a step of the demo's shape allocates, with so many layers."""
     geometry = ModelConfig.from_pretrained(assets.demo_model())
     geometry = dataclasses.replace(geometry, num_hidden_layers=depth)
-    config = make_config(lora_rank=2, batch_size=8, sequence_length=256, **changes)
-    return plan.compiled_bytes(geometry, config)
+    changes = {"lora_rank": 2, **changes}
+    config = make_config(batch_size=8, sequence_length=256, **changes)
+    return plan_program.compiled_bytes(geometry, config)
 
 
 def test_memory_hardly_grows_with_depth():
@@ -50,6 +52,15 @@ def test_memory_hardly_grows_with_depth():
     kept = 2 * 8 * 256 * 128 * 4  # the float32 inputs of two layers more
     assert kept <= remat < 4 * kept
     assert remat < usual / 4
+
+
+def test_there_is_one_copy_of_the_gradients():
+    """And none of what the optimizer makes of them."""
+    changes = {"remat": True, "lora_rank": 64, "moment_dtype": "bfloat16"}
+    grown = step_bytes(6, **changes) - step_bytes(4, **changes)
+    adapters = 3 * 8 * 64 * (128 + 64) * 4  # a layer's, in float32
+    kept = 8 * 256 * 128 * 4  # its input, gone when its gradients come
+    assert grown < 2 * (adapters + kept) * 1.1
 
 
 def test_weights_outside_the_adapters_get_their_gradients_too():

@@ -192,6 +192,13 @@ class PlanConfig:
     zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
         False
     )
+    dense: Annotated[
+        str | None,
+        Option(
+            "storage format of attention, dense layers, shared experts and the head, "
+            "or xla for plain arrays (default: bf16, where that changes no value)"
+        ),
+    ] = None
     lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
     targets: Annotated[
         str, Option("modules that get adapters, as comma-separated patterns")

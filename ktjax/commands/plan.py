@@ -19,8 +19,9 @@ _NAMES = {
     "dense": "everything else, frozen",
     "adapters": "adapters",
     "optimizer": "AdamW's moments",
-    "step": "a step: activations, gradients",
-    "process": "Python, JAX, kernels' workspace",
+    "gradients": "gradients of the adapters",
+    "step": "a step: activations, logits, workspace",
+    "process": "Python, JAX, the compiled program",
 }
 
 
@@ -36,12 +37,13 @@ def run_plan(config: PlanConfig, console: Console) -> None:
     available = plan.available_memory()
     budget = available if config.memory is None else round(config.memory * GIB)
     with console.status("compiling two and three layers"):
-        memory = plan.plan_memory(model, training)
+        planned = plan.plan_memory(model, training)
+    memory = planned.memory()
     timing = None
     if config.measure:
         with console.status("measuring a layer of random weights"):
             timing, workspace = plan.measure_time(model, training, available)
-        memory = dataclasses.replace(memory, process=memory.process + workspace)
+        memory = dataclasses.replace(memory, step=memory.step + workspace)
     console.print(
         f"model   {config.model}\n"
         f"        {model.num_hidden_layers} layers, {model.num_experts} experts, "
@@ -59,8 +61,8 @@ def run_plan(config: PlanConfig, console: Console) -> None:
         highlight=False,
     )
     if config.search:
-        with console.status("looking for the largest that fits"):
-            largest = plan.find_largest(model, training, memory, budget)
+        # What was measured is there in any case.
+        largest = planned.largest(budget - (memory.total - planned.memory().total))
         console.print(
             f"largest rank {largest.rank}, or batch size {largest.batch_size}, or "
             f"sequence length {largest.sequence_length}, each with the others as above",

@@ -246,6 +246,7 @@ def _stack(
                     f"expert {order[0]} has {like.dtype}{list(like.shape)}"
                 )
             array[slot] = part
+    checkpoint.release_pages()
     return stacked[0] if encoding.format == "bf16" else Quantized(*stacked)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,12 +44,9 @@ class SafetensorsFile:
         self.metadata = header.metadata
         self.data_offset = header.data_offset
         self.entries: Mapping[str, Entry] = header.entries
-        # An empty data section cannot be mapped.
-        self._data: np.ndarray[Any, Any] = (
-            np.memmap(self.path, np.uint8, mode="r", offset=header.data_offset)
-            if header.data_size
-            else np.empty(0, np.uint8)
-        )
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = np.frombuffer(self._map, np.uint8, offset=header.data_offset)
 
     def keys(self) -> list[str]:
         """The names of the tensors, in the order of the header."""
@@ -67,7 +65,15 @@ class SafetensorsFile:
         if entry is None:
             raise KeyError(missing(name, self.path, self.entries))
         data = self._data[entry.start : entry.stop]
-        return data.view(entry.dtype).reshape(entry.shape).view(np.ndarray)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def release_pages(self) -> None:
+        """Stop counting the pages that were read as memory of this process.
+
+        Tensors stay valid: what is read again comes from the system's cache, or from
+        the disk.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Checkpoint(Parts[SafetensorsFile]):
@@ -106,6 +112,11 @@ class Checkpoint(Parts[SafetensorsFile]):
           KeyError: there is no such tensor; the message offers close matches.
         """
         return self.file_of(name)[name]
+
+    def release_pages(self) -> None:
+        """`SafetensorsFile.release_pages` of every file."""
+        for file in set(self._file_of.values()):
+            file.release_pages()
 
 
 def save_file(

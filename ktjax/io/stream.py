@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -56,23 +56,33 @@ def save_stream(
       ValueError: pieces of another dtype, or of another size, than the spec says.
     """
     with new_file(path) as file:
-        file.write(_header(specs, metadata))
-        for name, spec in specs.items():
-            left = math.prod(spec.shape)
-            for piece in pieces(name):
-                if piece.dtype != spec.dtype:
-                    raise ValueError(
-                        f"save_stream: tensor {name!r} should be {spec.dtype}, a piece "
-                        f"is {piece.dtype}"
-                    )
-                left -= piece.size
-                # NumPy's own dtypes alone have a buffer; bytes always do.
-                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-            if left:
+        write_stream(file, specs, pieces, metadata)
+
+
+def write_stream(
+    file: BinaryIO,
+    specs: Mapping[str, Spec],
+    pieces: Callable[[str], Iterable[np.ndarray[Any, Any]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save_stream` into a file that is open."""
+    file.write(_header(specs, metadata))
+    for name, spec in specs.items():
+        left = math.prod(spec.shape)
+        for piece in pieces(name):
+            if piece.dtype != spec.dtype:
                 raise ValueError(
-                    f"save_stream: tensor {name!r} should be {list(spec.shape)}, its "
-                    f"pieces have {math.prod(spec.shape) - left} values"
+                    f"save_stream: tensor {name!r} should be {spec.dtype}, a piece "
+                    f"is {piece.dtype}"
                 )
+            left -= piece.size
+            # NumPy's own dtypes alone have a buffer; bytes always do.
+            file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        if left:
+            raise ValueError(
+                f"save_stream: tensor {name!r} should be {list(spec.shape)}, its "
+                f"pieces have {math.prod(spec.shape) - left} values"
+            )
 
 
 def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> bytes:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from ktjax import backend
 from ktjax.config import LoRAConfig
 from ktjax.experts_load import make_store
 from ktjax.io import Checkpoint, read_experts
@@ -135,14 +137,19 @@ def from_pretrained(
     if lora is not None:
         check_targets(model, lora, module_names(model))
     try:
-        if dense != "xla":
-            for projection in projections(model):
-                name = f"{projection.usual}.weight"
-                name = _name_in(checkpoint, config.model_type, name)
-                _store_projection(checkpoint, name, projection, dense, dtype)
+        for projection, format in stored_projections(model, dense):
+            name = f"{projection.usual}.weight"
+            name = _name_in(checkpoint, config.model_type, name)
+            # A model in bfloat16 holds them in bfloat16 anyway.
+            exact = dense is None and dtype != jnp.bfloat16
+            _store_projection(checkpoint, name, projection, format, exact)
         for name, variable, transpose in _dense_tensors(model):
             name = _name_in(checkpoint, config.model_type, name)
             _assign(checkpoint, name, variable, transpose)
+        # What was read, and what was made of it on the way, would stay resident while
+        # experts come: of Qwen3-30B-A3B 4 GB.
+        checkpoint.release_pages()
+        backend.trim_memory()
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
             if lora is not None and lora.adapts(experts_name(index)):
@@ -162,15 +169,18 @@ def from_pretrained(
                 zero_point,
                 where=str(path),
             )
+            del weights  # or there would be two layers' while the next is read
             layer.experts = RoutedExperts(
                 store,
                 activation_policy=activation_policy,
                 compute=compute,
                 **kwargs,
             )
+            checkpoint.release_pages()
         if lora is not None:
             # After the experts, whose start does not depend on what else is trained.
             adapt_projections(model, lora, rngs)
+        backend.trim_memory()
     except BaseException:
         model.close()
         raise
@@ -222,34 +232,53 @@ def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
 # XLA's own products, as much as 256 x 256 weights take for a single row.
 _LEAST_STORED = 1 << 16
 
+# Of arrays that XLA:CPU can use where they are.
+_ALIGNMENT = 64
+
+# Bytes of a tensor after which what was read of the file is given back at once.
+_LARGE = 64 << 20
+
 # Parts whose matrix is used otherwise than in a product with their input.
 _NO_PRODUCTS = ("kv_b_proj",)
+
+
+def stored_projections(
+    model: Decoder, dense: str | None
+) -> list[tuple[Projection, str]]:
+    """What goes into stores, and in which format.
+
+    With `dense` None those for which a store in bfloat16 is faster, if no value changes
+    by it.
+    """
+    if dense == "xla":
+        return []
+    return [
+        (projection, dense or "bf16")
+        for projection in projections(model)
+        if projection.part not in _NO_PRODUCTS
+        and (dense is not None or projection.module.kernel.size >= _LEAST_STORED)
+    ]
 
 
 def _store_projection(
     checkpoint: Checkpoint,
     name: str,
     projection: Projection,
-    format: str | None,
-    dtype: Any,
+    format: str,
+    exact: bool,
 ) -> None:
-    """Put one projection into a store; `format` None: where that is for the better."""
+    """Put one projection into a store; `exact`: only if bfloat16 has its values."""
     module = projection.module
-    if projection.part in _NO_PRODUCTS:
-        return
-    if format is None and module.kernel.size < _LEAST_STORED:
-        return
     tensor = _read(checkpoint, name, module.kernel.shape[::-1])
-    if format is None:
-        # A model in bfloat16 holds it in bfloat16 anyway.
-        if dtype != jnp.bfloat16 and not _is_bfloat16(tensor):
-            return
-        format = "bf16"
+    if exact and not _is_bfloat16(tensor):
+        return
     try:
         store = LinearStore.from_array(tensor, format=format)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
     setattr(projection.owner, projection.part, FrozenLinear(store, module.bias))
+    if tensor.nbytes >= _LARGE:
+        checkpoint.release_pages()
 
 
 def _is_bfloat16(tensor: np.ndarray[Any, Any]) -> bool:
@@ -334,9 +363,24 @@ def _assign(
     expected = variable.shape[::-1] if transpose else variable.shape
     tensor = _read(checkpoint, name, expected)
     value = tensor.T if transpose else tensor
-    # The copy matters: an array that aliases the file would fault in its pages later,
-    # and change if the file did.
-    variable.set_value(jnp.array(np.array(value), dtype=variable.dtype))
+    variable.set_value(jax.device_put(_copy(value, variable.dtype)))
+    if value.nbytes >= _LARGE:
+        checkpoint.release_pages()
+        backend.trim_memory()
+
+
+def _copy(value: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
+    """A copy in `dtype` that JAX takes as it is, for which it must be aligned.
+
+    An array that aliased the file would fault in its pages later, and change if the
+    file did; one that JAX copied again would take twice the memory for a while.
+    """
+    size = value.size * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[start : start + size].view(dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
 
 
 def _check_experts(

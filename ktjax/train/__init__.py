@@ -18,6 +18,7 @@ from ktjax.train.loop import FitResult, TrainingError, fit
 from ktjax.train.loss import weigh
 from ktjax.train.metrics import MetricsError
 from ktjax.train.objective import SFT, Objective, dpo
+from ktjax.train.optimizer import make_optimizer, make_schedule
 from ktjax.train.run import TrainResult, run_training
 from ktjax.train.step import (
     Frozen,
@@ -25,8 +26,6 @@ from ktjax.train.step import (
     TrainState,
     init_state,
     make_eval_step,
-    make_optimizer,
-    make_schedule,
     make_train_step,
     split_model,
 )

@@ -12,16 +12,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from ktjax.io.atomic import sync_directory
+from ktjax.io.stream import Spec, write_stream
 
 _NAME = re.compile(r"step-(\d{8})")
 _META = "meta.json"
@@ -68,10 +71,10 @@ def save_checkpoint(
         _remove_leftovers(root)
         temporary.mkdir()
         for name, tree in trees.items():
-            content = save(_flatten(tree))
-            _write_synced(temporary / f"{name}.safetensors", content)
+            _write_tree(temporary / f"{name}.safetensors", tree)
         text = json.dumps({**meta, "step": step}, indent=2)
-        _write_synced(temporary / _META, text.encode())
+        with _synced(temporary / _META) as file:
+            file.write(text.encode())
         sync_directory(temporary)
         os.rename(temporary, final)
         sync_directory(root)
@@ -163,9 +166,18 @@ def _flatten(tree: Any) -> dict[str, np.ndarray]:
     return {_key(path): np.asarray(_raw(leaf), order="C") for path, leaf in paths}
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_tree(path: Path, tree: Any) -> None:
+    """One array after the other: a copy of the whole could be gigabytes."""
+    arrays = _flatten(tree)
+    specs = {name: Spec(array.dtype, array.shape) for name, array in arrays.items()}
+    with _synced(path) as file:
+        write_stream(file, specs, lambda name: [arrays[name]])
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
     with open(path, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
 

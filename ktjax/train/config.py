@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from ktjax import assets
 from ktjax.config import LoRAConfig, split_patterns
 from ktjax.models.loading import EXPERTS
-from ktjax.quant.formats import ENCODED_FORMATS
 from ktjax.train.options import Option, check_fields
 
 DType = Literal["float32", "bfloat16"]
@@ -102,9 +101,8 @@ class TrainConfig:
     dense: Annotated[
         str | None,
         Option(
-            "where projections outside the experts are computed: in stores of one of "
-            f"{', '.join(ENCODED_FORMATS)}, or by xla (default: what is fastest "
-            "without changing a value)"
+            "storage format of attention, dense layers, shared experts and the head, "
+            "or xla for plain arrays (default: bf16, where that changes no value)"
         ),
     ] = None
     dtype: Annotated[

@@ -17,7 +17,7 @@ from ktjax.train.batching import Batch, Batcher
 from ktjax.train.config import TrainConfig
 from ktjax.train.data import Example
 from ktjax.train.objective import objective_of
-from ktjax.train.step import EvalSums, SplitModel, TrainState, make_eval_step
+from ktjax.train.step import EvalSums, Frozen, TrainState, make_eval_step
 
 
 class Evaluator:
@@ -26,11 +26,11 @@ class Evaluator:
     def __init__(
         self,
         model: nnx.Module,
-        split: SplitModel,
+        frozen: Frozen,
         examples: Sequence[Example],
         config: TrainConfig,
     ):
-        self._split = split
+        self._frozen = frozen
         self._examples = examples
         self._batcher = Batcher.from_config(config, config.eval_batch)
         model.eval()
@@ -63,7 +63,7 @@ class Evaluator:
         return {**means, **drift}
 
     def _run(self, lora: nnx.State, random: nnx.State, batch: Batch) -> EvalSums:
-        return self._step(lora, random, self._split.frozen, batch)
+        return self._step(lora, random, self._frozen, batch)
 
     def _drift(self, state: TrainState, batch: Batch, load: jax.Array) -> float:
         if self._base_load is None:

@@ -16,17 +16,19 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ktjax import backend
 from ktjax.train import checkpoint
-from ktjax.train.batching import START, Batcher, BatchStream, Position
+from ktjax.train.batching import START, Batch, Batcher, BatchStream, Position
 from ktjax.train.config import TrainConfig
 from ktjax.train.data import Example, fingerprint, fingerprint_arrays
 from ktjax.train.evaluate import Best, Evaluator
 from ktjax.train.metrics import Log, MetricsError, MetricsLog, TensorBoardLog
 from ktjax.train.objective import objective_of
+from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
+    Frozen,
     TrainState,
     init_state,
-    make_optimizer,
     make_train_step,
     split_model,
 )
@@ -114,6 +116,10 @@ def fit(
     # Says what Hugging Face calls the modules.
     kind = {"model_type": getattr(getattr(model, "config", None), "model_type", None)}
     at = _Point(init_state(split, make_optimizer(config)), START, Best())
+    graph, frozen = split.graph, split.frozen
+    # The model's own adapters would be a second copy; it gets the trained ones back.
+    nnx.update(model, at.state.lora)
+    del split
     if config.resume:
         at = _resume(root, at.state, config, data)
     else:
@@ -121,8 +127,8 @@ def fit(
     state, best = at.state, at.best
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
     stream = BatchStream(train, batcher, config.seed, at.position)
-    train_step = make_train_step(split.graph, config)
-    evaluate = Evaluator(model, split, evaluation, config)
+    train_step = _compiled(make_train_step(graph, config))
+    evaluate = Evaluator(model, frozen, evaluation, config)
     losses: list[float] = []
     step = saved = int(state.step)
 
@@ -136,8 +142,8 @@ def fit(
     def is_hopeless() -> bool:
         return 0 < config.patience <= best.since
 
-    # The model's own adapters would be a second copy; it gets the trained ones back.
     nnx.update(model, state.lora)
+    backend.trim_memory()
     with (
         _open_logs(config, output_dir, step) as log,
         _deferred_interrupt() as interrupted,
@@ -146,7 +152,7 @@ def fit(
         while step < config.steps and not interrupted.is_set() and not is_hopeless():
             began = time.monotonic()
             batch = stream.next()
-            state, raw = train_step(state, split.frozen, batch)
+            state, raw = train_step(state, frozen, batch)
             metrics = {name: float(value) for name, value in raw.items()}
             step += 1
             _check_finite(metrics, int(metrics.pop("bad_gradient")), step, state, root)
@@ -201,6 +207,26 @@ def chosen_checkpoint(root: Path) -> Path:
     _, newest = saved[-1]
     best = Best.from_json(checkpoint.read_meta(newest).get("best"))
     return dict(saved).get(best.step, newest)
+
+
+def _compiled(
+    step: Any,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted `step`, compiled for every shape of a batch before it runs on one.
+
+    In between goes back to the system what the compiler has used: of a large model
+    hundreds of megabytes, when the step is about to need the most.
+    """
+    programs: dict[tuple[int, ...], Any] = {}
+
+    def run(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+        shape = batch.input_ids.shape
+        if shape not in programs:
+            programs[shape] = step.lower(state, frozen, batch).compile()
+            backend.trim_memory()
+        return programs[shape](state, frozen, batch)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ktjax.nn import Routing, load_balancing_loss, load_shares, routing_statisti
 from ktjax.train.batching import Batch
 from ktjax.train.config import TrainConfig
 from ktjax.train.objective import SFT, Objective, objective_of
+from ktjax.train.optimizer import make_optimizer, make_schedule
 
 Metrics = dict[str, jax.Array]
 
@@ -117,30 +118,6 @@ def split_model(model: nnx.Module, *, keep_reference: bool = False) -> SplitMode
     return SplitModel(graph, lora, random, Frozen(frozen, reference))
 
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine down to `final_rate` of it."""
-    return optax.warmup_cosine_decay_schedule(
-        # Not from 0, or the first step would be lost.
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_rate,
-    )
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW under the schedule."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config),
-            weight_decay=config.weight_decay,
-            mu_dtype=config.moment_dtype,
-        ),
-    )
-
-
 def init_state(
     split: SplitModel, optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -189,20 +166,27 @@ def make_train_step(
         state: TrainState, frozen: Frozen, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         total = jnp.maximum(objective.count(batch), 1.0)
-        micro_batches = jax.tree.map(
-            lambda array: array.reshape(count, -1, *array.shape[1:]), batch
-        )
+
+        def differentiate(random: nnx.State, micro: Batch) -> tuple[Any, Sums, Any]:
+            (_, (sums, random)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.lora, random, frozen, micro, total
+            )
+            return grads, sums, random
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, Sums]:
             grads, random = carry
-            (_, (sums, random)), more = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.lora, random, frozen, micro, total
-            )
+            more, sums, random = differentiate(random, micro)
             return (jax.tree.map(jnp.add, grads, more), random), sums
 
-        start = (jax.tree.map(jnp.zeros_like, state.lora), state.random)
-        (grads, random), parts = jax.lax.scan(accumulate, start, micro_batches)
-        sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
+        if count == 1:  # nothing to add to: one copy of the gradient is enough
+            grads, sums, random = differentiate(state.random, batch)
+        else:
+            micro_batches = jax.tree.map(
+                lambda array: array.reshape(count, -1, *array.shape[1:]), batch
+            )
+            start = (jax.tree.map(jnp.zeros_like, state.lora), state.random)
+            (grads, random), parts = jax.lax.scan(accumulate, start, micro_batches)
+            sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.lora)
         lora = optax.apply_updates(state.lora, updates)
         squares = jnp.stack(

@@ -1,4 +1,4 @@
-"""Models from Hugging Face directories; experts go from the file to their store."""
+"""Models from safetensors and GGUF; experts go from the file to their store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.progress import track
 
 from ktjax.config import LoRAConfig
 from ktjax.experts_load import make_store
-from ktjax.io import Checkpoint, read_experts
-from ktjax.io.stored import read_dense
+from ktjax.io.gguf import is_gguf
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
+from ktjax.models.weights import Weights, open_weights
 from ktjax.nn import FrozenLinear, GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
 from ktjax.store_linear import LinearStore
@@ -35,7 +35,7 @@ class _Unloaded(nnx.Module):
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    experts: str = "bf16",
+    experts: str | None = None,
     group_size: int | None = None,
     zero_point: bool = False,
     compute: Literal["bf16", "int8"] | None = None,
@@ -46,7 +46,7 @@ def from_pretrained(
     remat: bool = False,
     rngs: nnx.Rngs | None = None,
 ) -> Decoder:
-    """Load a language model from a Hugging Face directory.
+    """Load a language model from a Hugging Face directory or a GGUF file.
 
     Experts are read one layer at a time, so beside the model itself at most one layer's
     experts are in memory twice. Where they are stored in the format that was asked for,
@@ -55,10 +55,12 @@ def from_pretrained(
     counts the layers.
 
     Args:
-      path: a directory with config.json and (sharded) safetensors.
+      path: a directory with config.json and (sharded) safetensors; or a GGUF file (of
+        a split model, any part), or a directory with one model's.
       experts: storage format of the experts in host memory, a name in
-        `ktjax.quant.FORMATS`. "auto": the format that the checkpoint has. "reference":
-        pure JAX in float32, slow; the oracle.
+        `ktjax.quant.FORMATS`. "auto": the format that the checkpoint has; of GGUF, its
+        own blocks. "reference": pure JAX in float32, slow; the oracle. None: "auto" for
+        GGUF, "bf16" for safetensors.
       group_size: for int4_kgroup: 32, 64 or 128 depths to a scale; None = what the
         checkpoint has, or else 128.
       zero_point: for int4_kgroup: quantise with zero points.
@@ -86,9 +88,11 @@ def from_pretrained(
       ConfigError: the model is of a kind that is not built.
       CheckpointError: a file is damaged.
       KeyError: a tensor is missing.
-      ValueError: a tensor has another shape than config.json says, a pattern of `lora`
-        that fits no layer, or a bad argument.
+      ValueError: a tensor has another shape than the configuration says, a pattern of
+        `lora` that fits no layer, or a bad argument.
     """
+    if experts is None:
+        experts = "auto" if is_gguf(path) else "bf16"
     if experts not in EXPERTS:
         raise ValueError(
             f"from_pretrained: experts must be one of {', '.join(EXPERTS)}, "
@@ -116,38 +120,39 @@ def from_pretrained(
             f"from_pretrained: dtype must be bfloat16 or float32, got {dtype}"
         )
     config = ModelConfig.from_pretrained(path)
-    checkpoint = Checkpoint(path)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     model: Decoder = nnx.eval_shape(
         lambda: Decoder(
             config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
         )
     )
+    dense_names = [name for name, _, _ in _dense_tensors(model)]
+    weights = open_weights(path, config, dense_names)
     layers = model.moe_layers()
     if lora is not None:
         lora.check_patterns(experts_name(index) for index, _ in layers)
     try:
         if dense != "xla":
             for at, owner, part in list(_projections(model)):
-                name = _name_in(checkpoint, config.model_type, f"{at}.weight")
-                _store_projection(checkpoint, name, owner, part, dense, dtype)
+                name = f"{at}.weight"
+                _store_projection(weights, name, owner, part, dense, dtype)
         for name, variable, transpose in _dense_tensors(model):
-            name = _name_in(checkpoint, config.model_type, name)
-            _assign(checkpoint, name, variable, transpose)
+            _assign(weights, name, variable, transpose)
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
             if lora is not None:
                 own = lora.of_module(experts_name(index))
                 # The module scales by alpha / rank, rsLoRA by something else.
                 kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
-            weights = read_experts(checkpoint, index, config.num_experts)
-            _check_experts(path, index, config, weights.shape)
+            stored = weights.experts(index, config.num_experts)
+            _check_experts(path, index, config, stored.shape)
             if experts == "reference":
-                layer.experts = ReferenceExperts(*weights.dequantize(), **kwargs)
+                layer.experts = ReferenceExperts(*stored.dequantize(), **kwargs)
                 continue
+            kept = [encoding.format for encoding in stored.encodings]
             store = make_store(
-                weights,
-                [weights.encoding.format if experts == "auto" else experts],
+                stored,
+                kept if experts == "auto" else [experts],
                 group_size,
                 zero_point,
                 where=str(path),
@@ -179,16 +184,6 @@ def _counted(layers: Sequence[Any]) -> Iterator[Any]:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-# Where a family's tensors have other names than the ones below, which most share.
-_RENAMED: dict[str, dict[str, str]] = {
-    "qwen2_moe": {
-        "mlp.shared_experts.": "mlp.shared_expert.",
-        "mlp.shared_experts_gate.": "mlp.shared_expert_gate.",
-    },
-    "mixtral": {"mlp.gate.": "block_sparse_moe.gate."},
-}
 
 
 def _dense_tensors(model: Decoder) -> Iterator[tuple[str, Any, bool]]:
@@ -230,7 +225,7 @@ def _projections(model: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
 
 
 def _store_projection(
-    checkpoint: Checkpoint,
+    weights: Weights,
     name: str,
     owner: nnx.Module,
     part: str,
@@ -241,7 +236,7 @@ def _store_projection(
     module = getattr(owner, part)
     if format is None and module.kernel.size < _LEAST_STORED:
         return
-    tensor = _read(checkpoint, name, module.kernel.shape[::-1])
+    tensor = _read(weights, name, module.kernel.shape[::-1])
     if format is None:
         # A model in bfloat16 holds it in bfloat16 anyway.
         if dtype != jnp.bfloat16 and not _is_bfloat16(tensor):
@@ -250,7 +245,8 @@ def _store_projection(
     try:
         store = LinearStore.from_array(tensor, format=format)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
+        where = f"{weights.path}: {weights.name_of(name)}"
+        raise ValueError(f"{where}: {error}") from None
     setattr(owner, part, FrozenLinear(store, module.bias))
 
 
@@ -301,42 +297,29 @@ def _part_tensors(
         yield f"{at}.bias", part.bias, False
 
 
-def _name_in(checkpoint: Checkpoint, model_type: str, name: str) -> str:
-    """What a family calls the tensor of the usual `name`.
-
-    transformers may also write Mixtral under the usual names, so they go first.
-    """
-    if name in checkpoint:
-        return name
-    for usual, own in _RENAMED.get(model_type, {}).items():
-        name = name.replace(f".{usual}", f".{own}")
-    return name
-
-
 def _read(
-    checkpoint: Checkpoint, name: str, expected: tuple[int, ...]
+    weights: Weights, name: str, expected: tuple[int, ...]
 ) -> np.ndarray[Any, Any]:
-    """A dense tensor of the shape that config.json asks for."""
-    at = name.removesuffix(".weight")
-    tensor = checkpoint[name] if at == name else read_dense(checkpoint, at)
+    """A dense tensor of the shape that the configuration asks for."""
+    tensor = weights.read(name)
     if tensor.shape != expected:
         raise ValueError(
-            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, config.json "
-            f"asks for {list(expected)}"
+            f"{weights.path}: {weights.name_of(name)} has shape {list(tensor.shape)}, "
+            f"the configuration asks for {list(expected)}"
         )
     if tensor.dtype.name not in ("bfloat16", "float32"):
         raise ValueError(
-            f"{checkpoint.path}: {name} has dtype {tensor.dtype}, expected bfloat16 or "
-            "float32"
+            f"{weights.path}: {weights.name_of(name)} has dtype {tensor.dtype}, "
+            "expected bfloat16 or float32"
         )
     return tensor
 
 
 def _assign(
-    checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
+    weights: Weights, name: str, variable: nnx.Variable, transpose: bool
 ) -> None:
     expected = variable.shape[::-1] if transpose else variable.shape
-    tensor = _read(checkpoint, name, expected)
+    tensor = _read(weights, name, expected)
     value = tensor.T if transpose else tensor
     # The copy matters: an array that aliases the file would fault in its pages later,
     # and change if the file did.
@@ -352,6 +335,6 @@ def _check_experts(
     expected = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
     if shape != expected:
         raise ValueError(
-            f"{path}: the experts' gate of layer {index} is {list(shape)}, config.json "
-            f"asks for {list(expected)}"
+            f"{path}: the experts' gate of layer {index} is {list(shape)}, the "
+            f"configuration asks for {list(expected)}"
         )

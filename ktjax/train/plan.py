@@ -322,7 +322,7 @@ def _random_store(
         wide,
         wide,
         tall,
-        format=config.experts,
+        format=config.experts or "bf16",
         group_size=config.group_size,
         zero_point=config.zero_point,
     )
@@ -372,7 +372,10 @@ def compiled_bytes(model: ModelConfig, config: TrainConfig) -> int:
 def _abstract(model: ModelConfig, config: TrainConfig) -> tuple[SplitModel, TrainState]:
     """The parts of a model and of the state that trains it, as shapes alone."""
     encoding = Encoding.of(
-        config.experts, config.group_size, config.zero_point, where="plan"
+        config.experts or "bf16",
+        config.group_size,
+        config.zero_point,
+        where="plan",
     )
     for depth in (model.hidden_size, model.moe_intermediate_size):
         encoding.check_depth(depth, where="plan: hidden or intermediate size")

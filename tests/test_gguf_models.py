@@ -182,6 +182,12 @@ def test_an_older_deepseek_file(ids, tmp_path):
             mla = metadata.pop(f"deepseek2.attention.{key}_mla")
             metadata[f"deepseek2.attention.{key}"] = mla
 
+    def flat(tensors, metadata):
+        k_b = "blk.0.attn_k_b.weight"
+        tensors[k_b] = tensors[k_b][0].reshape(4, -1), "F32"
+
+    with pytest.raises(CheckpointError, match=r"attn_k_b.weight has shape \[4, 384\]"):
+        from_pretrained(converted(source, tmp_path, change=flat))
     for drop in (True, False):
         write_gguf_model(
             source, tmp_path / "m.gguf", change=lambda *a, d=drop: older(*a, d)

@@ -50,6 +50,11 @@ def gguf_config(checkpoint: GGUFCheckpoint) -> Raw:
         if key.startswith(at)
     }
     fields = Fields(own, at)
+    if not fields.count("expert_count", 0):
+        raise ConfigError(
+            f"{at}expert_count is missing or 0: models without experts are not "
+            "supported"
+        )
     for key, value in _NEUTRAL.items():
         fields.only(key, value)
     raw = _common(checkpoint, fields) | _ARCHITECTURES[architecture](checkpoint, fields)

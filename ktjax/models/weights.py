@@ -143,6 +143,8 @@ _GGUF_LAYER_PARTS = {
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+# What the converter reorders of the architecture "llama".
+_TURNED = re.compile(r"\.self_attn\.[qk]_proj\.")
 # The two halves of kv_b_proj, as newer files have it.
 _HALVES = ("attn_k_b", "attn_v_b")
 
@@ -163,9 +165,9 @@ class _GGUFWeights:
         ]
         if surplus:
             raise CheckpointError(
-                f"{self.path}: {len(surplus)} tensors have no place in a "
-                f"{config.model_type} model, which would give other results without "
-                f"them: {', '.join(surplus[:5])}"
+                f"{self.path}: tensors that have no place in a {config.model_type} "
+                f"model, and without which it would not be the same: "
+                f"{', '.join(surplus[:5])} ({len(surplus)} in all)"
             )
 
     def name_of(self, name: str) -> str:
@@ -181,23 +183,39 @@ class _GGUFWeights:
         return f"blk.{layer[1]}.{own}.{kind}"
 
     def read(self, name: str) -> Array:
-        values = [read_gguf_values(self._checkpoint, own) for own in self._parts(name)]
-        attention = self._config.attention
-        if len(values) == 2:
-            assert isinstance(attention, MLAConfig)
-            return _joined(*values)
-        (tensor,) = values
+        parts = list(self._parts(name))
+        if len(parts) == 2:
+            return self._joined(*parts)
+        tensor = read_gguf_values(self._checkpoint, parts[0])
         if name.endswith(".mlp.shared_experts_gate.weight"):
             return tensor.reshape(1, -1)
-        if self._config.model_type == "mixtral" and ".self_attn." in name:
-            assert isinstance(attention, GQAConfig)
-            for part in (".q_proj.", ".k_proj."):
-                if part in name:
-                    return _in_halves(tensor, attention.head_dim)
+        if self._config.model_type == "mixtral" and _TURNED.search(name):
+            assert isinstance(self._config.attention, GQAConfig)
+            return _in_halves(tensor, self._config.attention.head_dim)
         return tensor
 
     def experts(self, layer_idx: int, num_experts: int) -> ExpertWeights:
         return read_gguf_experts(self._checkpoint, layer_idx, num_experts)
+
+    def _joined(self, keys: str, values: str) -> Array:
+        """kv_b_proj `[heads * (nope_dim + value_dim), rank]` from its two halves."""
+        config = self._config.attention
+        assert isinstance(config, MLAConfig)
+        heads, rank = config.num_heads, config.kv_rank
+        halves = []
+        for name, expected in (
+            (keys, (heads, rank, config.nope_dim)),
+            (values, (heads, config.value_dim, rank)),
+        ):
+            half = read_gguf_values(self._checkpoint, name)
+            if half.shape != expected:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {list(half.shape)}, the "
+                    f"configuration asks for {list(expected)}"
+                )
+            halves.append(half)
+        k, v = halves
+        return np.concatenate([k.swapaxes(1, 2), v], axis=1).reshape(-1, rank)
 
     def _parts(self, name: str) -> Iterator[str]:
         """The tensors that the one of the usual `name` is made of."""
@@ -220,18 +238,12 @@ class _GGUFWeights:
         return False
 
 
-def _joined(keys: Array, values: Array) -> Array:
-    """kv_b_proj `[heads * (keys + values), rank]` from `[heads, rank, keys]` and
-    `[heads, values, rank]`."""
-    keys = keys.swapaxes(1, 2)
-    rank = keys.shape[-1]
-    return np.concatenate([keys, values], axis=1).reshape(-1, rank)
-
-
 def _in_halves(tensor: Array, head_dim: int) -> Array:
     """Rows of heads whose neighbours turn together, put apart by half a head.
 
     llama.cpp's converter does the opposite for the architecture "llama".
     """
+    if tensor.shape[0] % head_dim:
+        return tensor  # which then has the wrong shape
     split = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
     return split.swapaxes(1, 2).reshape(tensor.shape)

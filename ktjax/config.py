@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -84,11 +84,13 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Rank and strength of the adapters (arXiv:2106.09685).
+    """Which modules have adapters, and of what rank and strength (arXiv:2106.09685).
 
     Patterns are regular expressions for the end of a module's name, as in PEFT; the
-    first that fits counts. The experts of layer 3 are `layers.3.mlp.experts`, so
-    `{r"layers\\.[0-3]\\..*": 8}` is about the first four layers.
+    first that fits counts. Modules have the names of Hugging Face's checkpoints: the
+    experts of layer 3 are `model.layers.3.mlp.experts`, its queries
+    `model.layers.3.self_attn.q_proj`, so `{r"layers\\.[0-3]\\..*": 8}` is about the
+    first four layers.
 
     Attributes:
       rank: rank of every adapter, 1 to 256.
@@ -97,6 +99,7 @@ class LoRAConfig:
         shrink as the rank grows (arXiv:2312.03732).
       rank_pattern: pattern -> rank of the modules that it fits.
       alpha_pattern: pattern -> alpha of the modules that it fits.
+      targets: patterns of the modules that have adapters.
       dropout: 0. Anything else is refused: the kernels read one input for base and
         adapters, and dropout is of the adapters' alone.
 
@@ -110,6 +113,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dropout: float = 0.0
+    targets: Sequence[str] = ("experts",)
 
     def __post_init__(self) -> None:
         _check_rank("lora_rank", self.rank)
@@ -120,6 +124,12 @@ class LoRAConfig:
         for key, alpha in self.alpha_pattern.items():
             _module_pattern("alpha_pattern", key)
             _check_alpha(f"alpha_pattern['{key}']", alpha)
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(
+                f"targets must be a sequence of patterns, got {self.targets!r}"
+            )
+        for key in self.targets:
+            _module_pattern("targets", key)
         if self.dropout != 0:
             raise ValueError(
                 f"lora_dropout must be 0, got {self.dropout}: the kernels read one "
@@ -132,6 +142,10 @@ class LoRAConfig:
     def scaling(self) -> float:
         """The factor s of the adapters' output where no pattern fits."""
         return float(self.alpha) / (self.rank**0.5 if self.rslora else self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether the module with the full name `name` has adapters."""
+        return any(fits(pattern, name) for pattern in self.targets)
 
     def of_module(self, name: str) -> LoRAConfig:
         """What applies to the module with the full name `name`, without patterns."""
@@ -156,6 +170,11 @@ class LoRAConfig:
                         f"{option}: '{key}' fits no module with adapters; they are "
                         f"{', '.join(names) or 'none'}"
                     )
+
+
+def split_patterns(text: str) -> tuple[str, ...]:
+    """The patterns of a comma-separated list."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def fits(pattern: str, name: str) -> bool:

@@ -127,6 +127,10 @@ class LinearLoRA:
 
     NAMES = ("a", "b")
 
+    def arrays(self) -> tuple[Array, ...]:
+        """The two arrays in the order of `NAMES`."""
+        return self.a, self.b
+
     @property
     def rank(self) -> int:
         """The rank."""

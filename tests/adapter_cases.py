@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from ktjax.io import Adapter, save_file
-from ktjax.lora import LoRA
+from ktjax.lora import LinearLoRA, LoRA
 
 EXPERTS, HIDDEN, WIDTH, RANK = 3, 8, 6, 2
 PREFIX = "base_model.model.model.layers"
@@ -17,6 +17,21 @@ def make_lora(
     rng = np.random.default_rng(seed)
     shapes = LoRA.shapes(experts, hidden, width, rank).values()
     return LoRA(*(rng.normal(size=shape).astype(dtype) for shape in shapes))
+
+
+def make_linear(seed=0, *, inputs=HIDDEN, outputs=5, rank=RANK, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    shapes = LinearLoRA.shapes(outputs, inputs, rank).values()
+    return LinearLoRA(*(rng.normal(size=shape).astype(dtype) for shape in shapes))
+
+
+def projection_tensors(projections):
+    """What PEFT calls adapters of modules, spelt out."""
+    return {
+        f"base_model.model.{name}.lora_{side}.weight": array
+        for name, lora in projections.items()
+        for side, array in zip("AB", (lora.a, lora.b), strict=True)
+    }
 
 
 def make_adapter(layers=(0, 2), alpha=5.0, base_model="some/model", **kwargs):

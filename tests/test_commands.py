@@ -96,7 +96,7 @@ def test_merged_model_computes_what_the_adapter_does(tmp_path, capsys):
     save_file(model / "model.safetensors", wide)
     write_adapter(tmp_path / "a", adapter, "qwen3_moe")
     code, out, _ = run(capsys, "merge", model, tmp_path / "a", tmp_path / "m")
-    assert (code, "layers 0-2 of" in out) == (0, True)
+    assert (code, "experts of layers 0-2" in out) == (0, True)
     tuned = load(lora=LoRAConfig(4, 6.0))
     base = logits(tuned)
     apply_adapter(tuned, adapter)
@@ -113,7 +113,7 @@ def test_inspect(tmp_path, capsys):
         (source, ("step-00000007", "rank 4", "alpha 6", "float32", DEMO)),
         (
             tmp_path / "a",
-            ("layout peft", "rank 4", "scaling 1.5", "layers 0-2", "gate_proj", DEMO),
+            ("layout peft", "rank 4", "scaling 1.5", "in layers 0-2", "targets", DEMO),
         ),
         (DEMO, ("family qwen3_moe", "layers 3", "experts 8", "bfloat16", "in 1 files")),
         (f"{DEMO}/model.safetensors", ("experts in layers 0-2", "routed experts 1.1 ")),
@@ -203,6 +203,25 @@ def test_runs_are_checked(tmp_path):
         read_run(path)
 
 
+def test_runs_know_their_familys_names(tmp_path):
+    """What checkpoints call modules becomes what the model's files call them."""
+    tree = {
+        f"{path}.lora_{side}.value": np.ones(shape, np.float32)
+        for path in ("layers.1.mlp.shared_experts.up_proj", "layers.0.attention.q_proj")
+        for side, shape in (("a", (3, 5)), ("b", (4, 3)))
+    }
+    config = {"lora_rank": 2, "lora_alpha": 6.0, "targets": "q_proj,.*up_proj"}
+    config["rank_pattern"] = {r"shared_expert\.up_proj|q_proj": 3}
+    meta = {"model": DEMO, "config": config, "model_type": "qwen2_moe"}
+    checkpoint.save_checkpoint(tmp_path / "checkpoints", 1, {"lora": tree}, meta, 9)
+    adapter = read_run(tmp_path)
+    assert adapter.projections.keys() == {
+        "model.layers.1.mlp.shared_expert.up_proj",
+        "model.layers.0.self_attn.q_proj",
+    }
+    assert (adapter.rank, adapter.alpha, adapter.strengths) == (3, 6.0, {})
+
+
 def test_adapters_into_and_out_of_a_model():
     adapter = demo_adapter()
     model = load(lora=LoRAConfig(4, 6.0))
@@ -210,9 +229,12 @@ def test_adapters_into_and_out_of_a_model():
     assert list(extract_adapter(model, DEMO).differences(adapter)) == []
     fewer = {index: adapter.layers[index] for index in (0, 1)}
     with pytest.raises(
-        AdapterError, match="for layers 0-1, the model has experts in 0"
+        AdapterError, match="the adapter has no adapters in layer 2; load the model"
     ):
         apply_adapter(model, dataclasses.replace(adapter, layers=fewer))
+    more = {**adapter.layers, 7: adapter.layers[0]}
+    with pytest.raises(AdapterError, match="layers 0-2, 7, the model has experts in 0"):
+        apply_adapter(model, dataclasses.replace(adapter, layers=more))
     with pytest.raises(AdapterError, match=r"this one has 2 and 4 in layer 0; load"):
         apply_adapter(model, dataclasses.replace(adapter, alpha=8.0))
     wider = {**adapter.layers, 2: make_lora(**{**SIZES, "width": 96})}

@@ -60,6 +60,7 @@ def test_training_and_its_adapter(model, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--steps", 30, "--warmup-steps", 3, "--lora-rank", 4, "--batch-size", 2]
     options += ["--sequence-length", 32, "--learning-rate", 0.05]
+    options += ["--targets", "experts,q_proj,lm_head"]
     where = ["--model", model, "--train-data", data, "--output-dir", out]
     code, text, err = run(capsys, "train", *where, *options)
     assert (code, "rank 4 on the experts" in text) == (0, True), err

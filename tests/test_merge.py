@@ -7,15 +7,17 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_cases import EXPERTS, HIDDEN, WIDTH, make_adapter
+from adapter_cases import EXPERTS, HIDDEN, WIDTH, make_adapter, make_linear
 
 from ktjax.io import (
+    Adapter,
     Checkpoint,
     CheckpointError,
     merge_checkpoint,
     save_file,
     stream,
 )
+from ktjax.io.adapters import Strength
 
 PARTS = ("gate", "up", "down")
 NAMES = {
@@ -220,3 +222,45 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         merge_checkpoint(model, make_adapter(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+SHARED = "model.layers.1.mlp.shared_expert.up_proj"
+
+
+@pytest.mark.parametrize("layers", [(0, 2), ()])
+def test_projections_are_merged(tmp_path, layers):
+    tensors = make_tensors("mlp.experts")
+    source = write_model(tmp_path / "base", tensors, shards=2)
+    lora = make_linear(3, outputs=WIDTH, rank=3)
+    experts = make_adapter(layers).layers if layers else {}
+    adapter = Adapter(
+        *(2, 5.0, experts),
+        strengths={SHARED: Strength(3, 6.0)},
+        projections={SHARED: lora},
+    )
+    merge_checkpoint(source, adapter, tmp_path / "out")
+    merged, name = Checkpoint(tmp_path / "out"), f"{SHARED}.weight"
+    want = tensors[name].astype(np.float32) + np.float32(2) * (lora.b @ lora.a)
+    assert np.array_equal(merged[name], want.astype(ml_dtypes.bfloat16))
+    changed = {key for key in tensors if not np.array_equal(merged[key], tensors[key])}
+    routed = {key for key in tensors if ".experts." in key and f"layers.{1}" not in key}
+    assert changed == {name, *(routed if layers else ())}
+
+
+def test_projections_that_do_not_fit(tmp_path):
+    source = write_model(tmp_path / "base", make_tensors("mlp.experts"))
+
+    def merge(name, lora):
+        adapter = Adapter(2, 5.0, {}, projections={name: lora})
+        merge_checkpoint(source, adapter, tmp_path / "out")
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight, which the adapter"):
+        merge("lm_head", make_linear(outputs=7))
+    with pytest.raises(CheckpointError, match=r"has shape \[6, 8\], .* for \[7, 8\]"):
+        merge(SHARED, make_linear(outputs=7))
+    large = make_linear(outputs=WIDTH)
+    large.b[:] = 3e38
+    large.a[:] = 0.5
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight plus the adapter"):
+        merge(SHARED, large)
+    assert not (tmp_path / "out").exists()

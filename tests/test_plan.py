@@ -31,12 +31,19 @@ def size(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("experts", ["bf16", "int4"])
-def test_parts_are_what_a_loaded_model_has(experts, monkeypatch):
+@pytest.mark.parametrize(
+    ("experts", "targets"), [("bf16", "experts"), ("int4", "experts,q_proj,lm_head")]
+)
+def test_parts_are_what_a_loaded_model_has(experts, targets, monkeypatch):
     monkeypatch.setattr(plan, "step_bytes", lambda *_: 7)
     monkeypatch.setattr(plan, "resident_memory", lambda: 100)
     pattern = {r"layers\.1\..*": 8}
-    options = config(experts=experts, rank_pattern=pattern, moment_dtype="bfloat16")
+    options = config(
+        experts=experts,
+        targets=targets,
+        rank_pattern=pattern,
+        moment_dtype="bfloat16",
+    )
     memory = plan.plan_memory(geometry(), options)
     model = from_pretrained(DEMO, experts=experts, dtype="float32", lora=options.lora)
     try:
@@ -171,5 +178,7 @@ def test_only_config_json_is_read(tmp_path, capsys, monkeypatch):
     assert "tokens/s" not in out
     assert cli.main(["plan", str(tmp_path), "--experts", "auto", *quick]) == 2
     assert "expected one of ['bf16'" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path), "--targets", "gate", *quick]) == 2
+    assert "'gate' fits model.layers.0.mlp.gate" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "none"), *quick]) == 2
     assert "config.json: no such file" in capsys.readouterr().err

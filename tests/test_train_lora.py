@@ -13,13 +13,8 @@ from ktjax import assets
 from ktjax.config import LoRAConfig
 from ktjax.io.adapters import Strength
 from ktjax.models import apply_adapter, extract_adapter, from_pretrained
-from ktjax.train import TrainConfig, read_run, run_training
-from ktjax.train.trainable import (
-    FrozenTargetError,
-    check_targets,
-    parts_of,
-    parts_table,
-)
+from ktjax.train import FrozenTargetError, TrainConfig, read_run, run_training
+from ktjax.train.trainable import parts_of, parts_table
 
 EXPERTS, HIDDEN, WIDTH, LAYERS = 8, 128, 64, 3
 PATTERN = {r"layers\.0\..*": 2, r"layers\.[01]\.mlp\.experts": 8}
@@ -142,18 +137,20 @@ def test_the_report_counts_experts_in_stores():
         model.close()
 
 
-def test_targets_that_would_stay_frozen(model):
-    check_targets(model, "experts")
-    check_targets(model, r"layers\.0\.mlp\.experts, layers\.2\.mlp\.experts")
-    with pytest.raises(
-        FrozenTargetError, match=r"'q_proj' fits layers\.0\.attention\."
-    ):
-        check_targets(model, "experts,q_proj")
-    with pytest.raises(FrozenTargetError, match="'expert' fits no module of this mode"):
-        check_targets(model, "expert")
-    base = load(None)
-    with pytest.raises(FrozenTargetError, match="trained in none only"):
-        check_targets(base, "experts")
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("gate", r"'gate' fits model\.layers\.0\.mlp\.gate, .* would stay frozen; ada"),
+        (".*norm", r"fits model\.norm, model\.layers\.0\.input_layernorm and 11 more"),
+        ("q_porj", r"fits no module of this model; did you mean q_proj\? adapters can"),
+        ("mlp", r"'mlp' fits no module .*in experts, lm_head, k_proj, o_proj, q_proj"),
+    ],
+)
+def test_targets_that_would_stay_frozen(target, words):
+    with pytest.raises(FrozenTargetError, match=words):
+        load(LoRAConfig(targets=("experts", target)))
+    with pytest.raises(ValueError, match=r"'layers\\\.0' fits no module with adapters"):
+        load(LoRAConfig(rank_pattern={r"layers\.0": 4}))
 
 
 def test_strength_of_rslora_is_that_of_lora():

@@ -127,6 +127,14 @@ class AnswerConfig:
         Literal["bf16", "int8"],
         Option("int8: quantise activations too, for integer codes"),
     ] = "bf16"
+    dense: Annotated[
+        str | None,
+        Option(
+            "where projections outside the experts are computed: in stores of one of "
+            f"{', '.join(ENCODED_FORMATS)}, or by xla (default: the run's, or else "
+            "what is fastest without changing a value)"
+        ),
+    ] = None
     dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (
         "float32"
     )
@@ -190,6 +198,9 @@ class PlanConfig:
         False
     )
     lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
+    targets: Annotated[
+        str, Option("modules that get adapters, as comma-separated patterns")
+    ] = "experts"
     batch_size: Annotated[int, Option("rows of a micro-batch", least=1)] = 1
     sequence_length: Annotated[int, Option("tokens of a row", least=2)] = 2048
     dtype: Annotated[DType, Option("dtype of everything outside the experts")] = (

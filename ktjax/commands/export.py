@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ktjax.commands.config import ExportConfig
-from ktjax.io.adapters import Adapter, AdapterError, ranges, write_adapter
+from ktjax.io.adapters import Adapter, AdapterError, write_adapter
 from ktjax.io.gguf import is_gguf
 from ktjax.models import ModelConfig
 from ktjax.train.adapters import read_run_or_adapter
@@ -35,7 +35,7 @@ def run_export(config: ExportConfig, console: Console) -> None:
     console.print(
         f"wrote   {config.out} ({layout}), read again: the same bits\n"
         f"        rank {adapter.rank}, alpha {adapter.alpha:g}, "
-        f"layers {ranges(adapter.layers)}, {adapter.dtype}",
+        f"{adapter.summary()}, {adapter.dtype}",
         highlight=False,
         soft_wrap=True,
     )

@@ -52,9 +52,11 @@ def open_model(config: AnswerConfig) -> Iterator[tuple[Decoder, Tokenizer]]:
     path = config.model or assets.demo_model()
     # Adapters belong to the very weights that they were trained on.
     base: dict[str, Any] = {"experts": None, "group_size": None, "zero_point": False}
+    dense = config.dense
     if config.run is not None:
         trained = checkpoint.read_meta(run_checkpoint(config.run))["config"]
         base |= {name: trained.get(name, value) for name, value in base.items()}
+        dense = dense or trained.get("dense")
     if adapter is not None:
         path = config.model or _base_model(adapter)
     if config.experts is not None:
@@ -64,6 +66,7 @@ def open_model(config: AnswerConfig) -> Iterator[tuple[Decoder, Tokenizer]]:
         path,
         **base,
         compute=config.compute,
+        dense=dense,
         dtype=config.dtype,
         lora=None if adapter is None else adapter.lora_config(),
     )

@@ -60,8 +60,8 @@ def _adapter(path: Path) -> Rows:
         ("layout", info.layout),
         ("rank", str(info.rank)),
         ("alpha", f"{info.alpha:g} (scaling {info.alpha / info.rank:g})"),
-        ("targets", ", ".join(info.targets) or "not said"),
-        ("layers", ranges(info.layers)),
+        ("targets", ", ".join(info.targets)),
+        ("experts in", f"layers {ranges(info.layers)}" if info.layers else "no layer"),
         ("parameters", f"{info.parameters:,}"),
         ("dtypes", ", ".join(info.dtypes)),
         ("size", bytes_text(info.size)),
@@ -88,7 +88,8 @@ def _run(path: Path) -> Rows:
 
 
 def _own_ranks(config: dict[str, Any]) -> Rows:
-    rows = [("rsLoRA", "alpha / √rank")] if config.get("rslora") else []
+    rows = [("targets", str(config.get("targets", "experts")))]
+    rows += [("rsLoRA", "alpha / √rank")] if config.get("rslora") else []
     patterns = config.get("rank_pattern", {})
     return [*rows, *((f"rank of {key}", str(rank)) for key, rank in patterns.items())]
 

@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from ktjax.commands.config import MergeConfig
-from ktjax.io.adapters import ranges
 from ktjax.io.merge import merge_checkpoint
 from ktjax.train.adapters import read_run_or_adapter
 
@@ -29,8 +28,8 @@ def run_merge(config: MergeConfig, console: Console) -> None:
             lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(
-        f"wrote   {config.out}: layers {ranges(adapter.layers)} of {config.model} with "
-        f"the adapter's weights, scaled by {adapter.scaling:g}",
+        f"wrote   {config.out}: {config.model} with the adapter's weights, scaled by "
+        f"{adapter.scaling:g}, in {adapter.summary()}",
         highlight=False,
         soft_wrap=True,
     )

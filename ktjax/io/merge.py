@@ -37,14 +37,14 @@ def merge_checkpoint(
 ) -> None:
     """Write `model` with `adapter` merged as the directory `out`.
 
-    An expert's weight becomes W + s B A, computed in float32 and rounded once to the
-    dtype of W. Other tensors, and files beside the weights (configuration, tokenizer),
-    are copied. `out` appears when it is complete.
+    A weight with an adapter becomes W + s B A, computed in float32 and rounded once to
+    the dtype of W. Other tensors, and files beside the weights (configuration,
+    tokenizer), are copied. `out` appears when it is complete.
 
     Args:
       model: a Hugging Face directory with (sharded) safetensors in float16, bfloat16 or
         float32; per-expert tensors or fused ones.
-      adapter: what to merge; of every layer that it has, all experts.
+      adapter: what to merge; of every layer whose experts it has, all experts.
       out: the directory to make.
       on_progress: called with bytes written and bytes in all.
 
@@ -62,7 +62,8 @@ def merge_checkpoint(
     _refuse_quantised(source)
     checkpoint = Checkpoint(source)
     shards = list({id(f): f for f in map(checkpoint.file_of, checkpoint)}.values())
-    _check_fit(checkpoint, adapter)
+    _check_projections(checkpoint, adapter)
+    _check_experts(checkpoint, adapter)
     total = sum(_size(shard) for shard in shards)
     done = 0
 
@@ -98,7 +99,25 @@ def _refuse_quantised(source: Path) -> None:
         )
 
 
-def _check_fit(checkpoint: Checkpoint, adapter: Adapter) -> None:
+def _check_projections(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Every projection that the adapter changes is there with the right shape."""
+    for name, lora in adapter.projections.items():
+        weight = f"{name}.weight"
+        if weight not in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint.path}: {weight}, which the adapter changes, is not there"
+            )
+        _check_dtype(checkpoint, weight)
+        entry = checkpoint.file_of(weight).entries[weight]
+        expected = (lora.b.shape[0], lora.a.shape[1])
+        if entry.shape != expected:
+            raise CheckpointError(
+                f"{checkpoint.path}: {weight} has shape {list(entry.shape)}, the "
+                f"adapter is for {list(expected)}"
+            )
+
+
+def _check_experts(checkpoint: Checkpoint, adapter: Adapter) -> None:
     """Every expert of the adapter's layers is there once, with the right shape."""
     found: dict[int, set[tuple[str, int]]] = {index: set() for index in adapter.layers}
     for name in checkpoint:
@@ -108,11 +127,7 @@ def _check_fit(checkpoint: Checkpoint, adapter: Adapter) -> None:
         lora = adapter.layers[target.layer]
         experts = lora.gate_a.shape[0]
         entry = checkpoint.file_of(name).entries[name]
-        if entry.dtype.name not in _DTYPES:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has dtype {entry.dtype}; merging needs one "
-                f"of {', '.join(_DTYPES)}"
-            )
+        _check_dtype(checkpoint, name)
         shape = _matrix_shape(lora, target)
         expected = shape if target.expert is not None else (experts, *shape)
         if entry.shape != expected or (target.expert or 0) >= experts:
@@ -137,6 +152,15 @@ def _check_fit(checkpoint: Checkpoint, adapter: Adapter) -> None:
                     )
 
 
+def _check_dtype(checkpoint: Checkpoint, name: str) -> None:
+    dtype = checkpoint.file_of(name).entries[name].dtype
+    if dtype.name not in _DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has dtype {dtype}; merging needs one of "
+            f"{', '.join(_DTYPES)}"
+        )
+
+
 def _matrix_shape(lora: LoRA, target: Target) -> tuple[int, int]:
     rows = sum(getattr(lora, f"{part}_b").shape[1] for part in target.parts)
     return rows, getattr(lora, f"{target.parts[0]}_a").shape[2]
@@ -155,49 +179,67 @@ def _merge_shard(
     specs = {name: Spec(entries[name].dtype, entries[name].shape) for name in names}
 
     def pieces(name: str) -> Iterator[Array]:
-        target, entry = target_of(name), entries[name]
-        layer = None if target is None else adapter.layers.get(target.layer)
-        if target is None or layer is None:
-            read = read_pieces(shard, entry, 0, math.prod(entry.shape))
-        else:
-            scaling = adapter.strength(target.layer).scaling
-            read = _merged(shard, name, layer, target, scaling)
-        for piece in read:
+        for piece in _pieces(shard, name, adapter):
             yield piece
             advance(piece.nbytes)
 
     save_stream(out, specs, pieces, shard.metadata)
 
 
+def _pieces(shard: SafetensorsFile, name: str, adapter: Adapter) -> Iterator[Array]:
+    """The tensor `name` of `shard`, merged if the adapter changes it."""
+    entry, target = shard.entries[name], target_of(name)
+    module = name.removesuffix(".weight")
+    if module != name and module in adapter.projections:
+        lora = adapter.projections[module]
+        delta = _product(lora.a, lora.b, adapter.strength(module).scaling)
+        yield _add(shard, name, 0, delta, "")
+    elif target is not None and target.layer in adapter.layers:
+        scaling = adapter.strength(target.layer).scaling
+        yield from _merged(shard, name, adapter.layers[target.layer], target, scaling)
+    else:
+        yield from read_pieces(shard, entry, 0, math.prod(entry.shape))
+
+
 def _merged(
     shard: SafetensorsFile, name: str, lora: LoRA, target: Target, scaling: float
 ) -> Iterator[Array]:
     """The merged tensor `name`, expert by expert."""
-    entry = shard.entries[name]
-    shape = _matrix_shape(lora, target)
     which = [target.expert]
     if target.expert is None:
-        which = list(range(entry.shape[0]))
+        which = list(range(shard.entries[name].shape[0]))
     for place, expert in enumerate(which):
-        first = place * math.prod(shape)
-        parts = list(read_pieces(shard, entry, first, first + math.prod(shape)))
-        weight = np.concatenate(parts).reshape(shape).astype(np.float32)
-        weight += _delta(lora, target, expert, scaling)
-        with np.errstate(over="ignore"):
-            merged = weight.astype(entry.dtype)
-        if not np.isfinite(merged).all():
-            raise CheckpointError(
-                f"{shard.path}: {name} of expert {expert} plus the adapter is not "
-                f"finite in {entry.dtype}"
+        deltas = [
+            _product(
+                getattr(lora, f"{part}_a")[expert],
+                getattr(lora, f"{part}_b")[expert],
+                scaling,
             )
-        yield merged
+            for part in target.parts
+        ]
+        delta = np.concatenate(deltas)
+        yield _add(shard, name, place * delta.size, delta, f" of expert {expert}")
 
 
-def _delta(lora: LoRA, target: Target, expert: Any, scaling: float) -> Array:
-    """s B A in float32, the projections one below the other."""
-    products = []
-    for part in target.parts:
-        a = getattr(lora, f"{part}_a")[expert].astype(np.float32)
-        b = getattr(lora, f"{part}_b")[expert].astype(np.float32)
-        products.append(b @ a)
-    return np.float32(scaling) * np.concatenate(products)
+def _add(
+    shard: SafetensorsFile, name: str, first: int, delta: Array, which: str
+) -> Array:
+    """The matrix from value `first` of a tensor on, plus `delta`."""
+    entry = shard.entries[name]
+    parts = list(read_pieces(shard, entry, first, first + delta.size))
+    weight = np.concatenate(parts).reshape(delta.shape).astype(np.float32)
+    weight += delta
+    with np.errstate(over="ignore"):
+        merged = weight.astype(entry.dtype)
+    if not np.isfinite(merged).all():
+        raise CheckpointError(
+            f"{shard.path}: {name}{which} plus the adapter is not finite in "
+            f"{entry.dtype}"
+        )
+    return merged
+
+
+def _product(a: Array, b: Array, scaling: float) -> Array:
+    """s B A in float32."""
+    with np.errstate(over="ignore"):  # what is not finite is an error later
+        return np.float32(scaling) * (b.astype(np.float32) @ a.astype(np.float32))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ktjax.models.attention import LayerCache, Positions, attend, rms_norm
+from ktjax.nn.adapted import AdaptedLinear
 from ktjax.nn.dense import linear, upcast_on_cpu
 
 Array = Any
@@ -139,6 +140,37 @@ class LatentAttention(nnx.Module):
         def from_latent(out: Array, to_value: Array) -> Array:
             return jnp.einsum("bshl,lhd->bshd", out, to_value)
 
-        q = jnp.concatenate([upcast_on_cpu(to_latent, q, to_key), q_turned], axis=-1)
+        latent = upcast_on_cpu(to_latent, q, to_key)
+        adapters = self._adapters()
+        if adapters is not None:
+            # (W + s B A)ᵀ q = Wᵀ q + s Aᵀ (Bᵀ q), and likewise for the values.
+            a, b_key, b_value = adapters
+            latent = _plus(
+                latent, jnp.einsum("bshd,hdr->bshr", q.astype(jnp.float32), b_key) @ a
+            )
+        q = jnp.concatenate([latent, q_turned], axis=-1)
         out = attend(q, kept, kept[..., : config.kv_rank], mask, config.scale)
-        return upcast_on_cpu(from_latent, out, to_value)
+        values = upcast_on_cpu(from_latent, out, to_value)
+        if adapters is not None:
+            inner = out.astype(jnp.float32) @ a.T
+            values = _plus(values, jnp.einsum("bshr,hdr->bshd", inner, b_value))
+        return values
+
+    def _adapters(self) -> tuple[Array, Array, Array] | None:
+        """Those of kv_b_proj in float32: s A `[rank, latent]`, B of keys and values.
+
+        B is `[heads, width, rank]`. None: there are none.
+        """
+        module: Any = self.kv_b_proj
+        if not isinstance(module, AdaptedLinear):
+            return None
+        lora: Any = module.lora
+        b = lora.b.astype(jnp.float32)
+        b = b.reshape(self.config.num_heads, -1, lora.rank)
+        b_key, b_value = jnp.split(b, [self.config.nope_dim], axis=1)
+        return module.scaling * lora.a.astype(jnp.float32), b_key, b_value
+
+
+def _plus(x: Array, more: Array) -> Array:
+    """A sum with float32, rounded once to the dtype of x."""
+    return (x + more).astype(x.dtype)

@@ -17,6 +17,14 @@ from ktjax.experts_load import make_store
 from ktjax.io.gguf import is_gguf
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
+from ktjax.models.targets import (
+    Projection,
+    adapt_projections,
+    check_targets,
+    experts_name,
+    family_name,
+    projections,
+)
 from ktjax.models.weights import Weights, open_weights
 from ktjax.nn import FrozenLinear, GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
@@ -73,7 +81,7 @@ def from_pretrained(
         experts="reference". Routers, norms, tied heads and MLA's kv_b_proj are always
         XLA's.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
-      lora: adapters on every layer's experts, or None.
+      lora: which modules have adapters, or None: every layer's experts by default.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
       remat: whether the backward pass computes each layer again, as in `Decoder`.
       rngs: source of the adapters' initial values; `nnx.Rngs(0)` by default.
@@ -88,8 +96,10 @@ def from_pretrained(
       ConfigError: the model is of a kind that is not built.
       CheckpointError: a file is damaged.
       KeyError: a tensor is missing.
+      FrozenTargetError: a target of `lora` fits no module, or one that cannot have
+        adapters.
       ValueError: a tensor has another shape than the configuration says, a pattern of
-        `lora` that fits no layer, or a bad argument.
+        `lora` that fits no module with adapters, or a bad argument.
     """
     if experts is None:
         experts = "auto" if is_gguf(path) else "bf16"
@@ -121,26 +131,22 @@ def from_pretrained(
         )
     config = ModelConfig.from_pretrained(path)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    model: Decoder = nnx.eval_shape(
-        lambda: Decoder(
-            config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
-        )
-    )
+    model = shapes_of(config, dtype=dtype, remat=remat)
     dense_names = [name for name, _, _ in _dense_tensors(model)]
     weights = open_weights(path, config, dense_names)
     layers = model.moe_layers()
     if lora is not None:
-        lora.check_patterns(experts_name(index) for index, _ in layers)
+        check_targets(model, lora, module_names(model))
     try:
         if dense != "xla":
-            for at, owner, part in list(_projections(model)):
-                name = f"{at}.weight"
-                _store_projection(weights, name, owner, part, dense, dtype)
+            for projection in projections(model):
+                name = f"{projection.usual}.weight"
+                _store_projection(weights, name, projection, dense, dtype)
         for name, variable, transpose in _dense_tensors(model):
             _assign(weights, name, variable, transpose)
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
-            if lora is not None:
+            if lora is not None and lora.adapts(experts_name(index)):
                 own = lora.of_module(experts_name(index))
                 # The module scales by alpha / rank, rsLoRA by something else.
                 kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
@@ -163,15 +169,29 @@ def from_pretrained(
                 compute=compute,
                 **kwargs,
             )
+        if lora is not None:
+            # After the experts, whose start does not depend on what else is trained.
+            adapt_projections(model, lora, rngs)
     except BaseException:
         model.close()
         raise
     return model
 
 
-def experts_name(layer_idx: int) -> str:
-    """The name of a layer's routed experts, for the patterns of a `LoRAConfig`."""
-    return f"layers.{layer_idx}.mlp.experts"
+def shapes_of(config: ModelConfig, *, dtype: Any, remat: bool = False) -> Decoder:
+    """A model whose arrays are shapes alone, and that has no experts yet."""
+    return nnx.eval_shape(
+        lambda: Decoder(
+            config, lambda _: _Unloaded(), dtype=dtype, remat=remat, rngs=nnx.Rngs(0)
+        )
+    )
+
+
+def module_names(model: Decoder) -> list[str]:
+    """The names of all modules outside the experts that have weights of their own."""
+    family = model.config.model_type
+    tensors = (family_name(name, family) for name, _, _ in _dense_tensors(model))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 
 def _counted(layers: Sequence[Any]) -> Iterator[Any]:
@@ -207,33 +227,17 @@ _LEAST_STORED = 1 << 16
 _NO_PRODUCTS = ("kv_b_proj",)
 
 
-def _projections(model: Decoder) -> Iterator[tuple[str, nnx.Module, str]]:
-    """The usual name of each projection, the module it is a part of, and which part."""
-    if model.head is not None:
-        yield "lm_head", model, "head"
-    for index, layer in enumerate(model.layers):
-        at, mlp = f"model.layers.{index}", layer.mlp
-        owners: dict[str, Any] = {f"{at}.self_attn": layer.attention}
-        if isinstance(mlp, GatedMLP):
-            owners[f"{at}.mlp"] = mlp
-        elif mlp.shared_experts is not None:
-            owners[f"{at}.mlp.shared_experts"] = mlp.shared_experts
-        for name, owner in owners.items():
-            for part, module in vars(owner).items():
-                if isinstance(module, nnx.Linear) and part not in _NO_PRODUCTS:
-                    yield f"{name}.{part}", owner, part
-
-
 def _store_projection(
     weights: Weights,
     name: str,
-    owner: nnx.Module,
-    part: str,
+    projection: Projection,
     format: str | None,
     dtype: Any,
 ) -> None:
     """Put one projection into a store; `format` None: where that is for the better."""
-    module = getattr(owner, part)
+    module = projection.module
+    if projection.part in _NO_PRODUCTS:
+        return
     if format is None and module.kernel.size < _LEAST_STORED:
         return
     tensor = _read(weights, name, module.kernel.shape[::-1])
@@ -247,7 +251,7 @@ def _store_projection(
     except ValueError as error:
         where = f"{weights.path}: {weights.name_of(name)}"
         raise ValueError(f"{where}: {error}") from None
-    setattr(owner, part, FrozenLinear(store, module.bias))
+    setattr(projection.owner, projection.part, FrozenLinear(store, module.bias))
 
 
 def _is_bfloat16(tensor: np.ndarray[Any, Any]) -> bool:

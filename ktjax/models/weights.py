@@ -26,6 +26,7 @@ from ktjax.io.stored import read_dense
 from ktjax.models.attention import GQAConfig
 from ktjax.models.config import ModelConfig
 from ktjax.models.latent_attention import MLAConfig
+from ktjax.models.targets import family_name
 
 Array = np.ndarray[Any, Any]
 
@@ -75,29 +76,16 @@ def open_weights(
     return _HuggingFaceWeights(Checkpoint(path), config)
 
 
-# Where a family's tensors have other names than the usual ones.
-_RENAMED: dict[str, dict[str, str]] = {
-    "qwen2_moe": {
-        "mlp.shared_experts.": "mlp.shared_expert.",
-        "mlp.shared_experts_gate.": "mlp.shared_expert_gate.",
-    },
-    "mixtral": {"mlp.gate.": "block_sparse_moe.gate."},
-}
-
-
 class _HuggingFaceWeights:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.path = checkpoint.path
-        self._checkpoint = checkpoint
-        self._renamed = _RENAMED.get(config.model_type, {})
+        self._checkpoint, self._model_type = checkpoint, config.model_type
 
     def name_of(self, name: str) -> str:
         # transformers may also write Mixtral under the usual names.
         if name in self._checkpoint:
             return name
-        for usual, own in self._renamed.items():
-            name = name.replace(f".{usual}", f".{own}")
-        return name
+        return family_name(name, self._model_type)
 
     def read(self, name: str) -> Array:
         name = self.name_of(name)

@@ -1,6 +1,7 @@
 """Flax modules: routed experts, the router, the layer made of both, projections."""
 
 from ktjax.experts_state import StoreHandle
+from ktjax.nn.adapted import AdaptedLinear
 from ktjax.nn.dense import GatedMLP, linear
 from ktjax.nn.experts import ReferenceExperts, RoutedExperts
 from ktjax.nn.frozen import FrozenLinear
@@ -17,6 +18,7 @@ from ktjax.nn.router import (
 from ktjax.nn.vocabulary import token_losses
 
 __all__ = [
+    "AdaptedLinear",
     "CorrectionBias",
     "FrozenLinear",
     "GatedMLP",

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from ktjax.lora import LinearLoRA, LoRA, check_rank
+from ktjax.nn.adapted import LinearAdapters
 from ktjax.nn.stored import Stored
 from ktjax.ops.linear import linear
 from ktjax.store_linear import LinearStore
@@ -15,7 +15,7 @@ from ktjax.store_linear import LinearStore
 Array = Any
 
 
-class FrozenLinear(Stored):
+class FrozenLinear(LinearAdapters, Stored):
     """`x Wᵀ + s (x Aᵀ) Bᵀ + bias` on the CPU's kernels; W is frozen, in a store.
 
     The adapters, if there are any, are the `nnx.LoRAParam`s `lora_a` and `lora_b`.
@@ -52,27 +52,15 @@ class FrozenLinear(Stored):
         """
         self._hold(store)
         self.bias = nnx.data(bias)
-        self.lora_rank = lora_rank
-        self.scaling = 1.0
-        if lora_rank is None:
-            return
-        check_rank(lora_rank)
-        if rngs is None:
-            raise ValueError("FrozenLinear: lora_rank needs rngs to draw A from")
-        shapes = LinearLoRA.shapes(store.out_features, store.in_features, lora_rank)
-        for name, shape in shapes.items():
-            value = LoRA.draw(name, shape, rngs.params, param_dtype)
-            setattr(self, f"lora_{name}", nnx.LoRAParam(value))
-        self.scaling = (lora_rank if lora_alpha is None else lora_alpha) / lora_rank
-
-    @property
-    def lora(self) -> LinearLoRA | None:
-        """The adapters, or None."""
-        if self.lora_rank is None:
-            return None
-        return LinearLoRA(
-            *(getattr(self, f"lora_{name}")[...] for name in LinearLoRA.NAMES)
-        )
+        if lora_rank is not None:
+            self.init_lora(
+                store.out_features,
+                store.in_features,
+                lora_rank,
+                lora_alpha,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
     def __call__(self, x: Array) -> Array:
         """x `[..., in]`, float32 or bfloat16 -> `[..., out]` in the dtype of x."""

@@ -1,5 +1,6 @@
 """Training: chats -> batches -> a jitted step -> checkpoints, and what drives it."""
 
+from ktjax.models.targets import FrozenTargetError
 from ktjax.train.adapters import read_run
 from ktjax.train.batching import Batch, Batcher, BatchStream, Position
 from ktjax.train.checkpoint import CheckpointError
@@ -29,7 +30,6 @@ from ktjax.train.step import (
     make_train_step,
     split_model,
 )
-from ktjax.train.trainable import FrozenTargetError
 
 __all__ = [
     "SFT",

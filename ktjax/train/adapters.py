@@ -8,17 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ktjax.config import LoRAConfig
-from ktjax.io.adapters import Adapter, AdapterError, Strength, read_adapter
+from ktjax.config import LoRAConfig, split_patterns
+from ktjax.io.adapters import (
+    Adapter,
+    AdapterError,
+    Place,
+    Strength,
+    read_adapter,
+    said,
+)
+from ktjax.io.adapters.names import is_projection
 from ktjax.io.safetensors import SafetensorsFile
-from ktjax.lora import LoRA
-from ktjax.models.loading import experts_name
+from ktjax.lora import LinearLoRA, LoRA
+from ktjax.models.targets import experts_name, family_name, projection_name
 from ktjax.train import checkpoint
 from ktjax.train.loop import chosen_checkpoint
 
-# `nnx.LoRAParam`s of the experts, as checkpoints name the leaves of the tree.
-_NAME = re.compile(
+# `nnx.LoRAParam`s, as checkpoints name the leaves of the tree: of the experts, and of
+# projections.
+_EXPERTS = re.compile(
     rf"layers\.(\d{{1,9}})\.mlp\.experts\.({'|'.join(LoRA.NAMES)})\.value"
+)
+_PROJECTION = re.compile(
+    rf"((?:layers\.\d{{1,9}}\.[\w.]+)|head)\.lora_({'|'.join(LinearLoRA.NAMES)})\.value"
 )
 
 
@@ -50,36 +62,58 @@ def read_run(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
       CheckpointError: there is no checkpoint, or it cannot be read.
-      AdapterError: it holds something else than adapters of experts, or an adapter
-        that is not finite.
+      AdapterError: it holds something else than adapters, or an adapter that is not
+        finite.
     """
     chosen = run_checkpoint(path)
     meta = checkpoint.read_meta(chosen)
     file = SafetensorsFile(chosen / "lora.safetensors")
-    layers: dict[int, dict[str, Any]] = {}
-    for name in file.entries:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise AdapterError(f"{file.path}: {name} is no adapter of routed experts")
-        layers.setdefault(int(match[1]), {})[match[2]] = file[name]
-    for index, arrays in layers.items():
-        for name in LoRA.NAMES:
-            if name not in arrays:
-                raise AdapterError(f"{file.path}: {name} of layer {index} is missing")
     try:
+        layers, projections = _arrays(file, meta.get("model_type") or "")
         lora, model = lora_of(meta["config"]), meta["model"]
-        own = {index: lora.of_module(experts_name(index)) for index in layers}
-        return Adapter.of(
-            {index: Strength(c.rank, c.scaling * c.rank) for index, c in own.items()},
-            {index: LoRA(**arrays) for index, arrays in sorted(layers.items())},
-            model,
-        )
+        places: list[Place] = [*layers, *projections]
+        strengths = {place: _strength(lora, place) for place in places}
+        return Adapter.of(strengths, layers, model, projections)
     except KeyError as error:
         raise checkpoint.CheckpointError(
             f"{chosen}: its meta.json has no {error}"
         ) from None
     except AdapterError as error:
         raise AdapterError(f"{file.path}: {error}") from None
+
+
+def _arrays(
+    file: SafetensorsFile, model_type: str
+) -> tuple[dict[int, LoRA], dict[str, LinearLoRA]]:
+    """The adapters of experts by layer, and of projections by name."""
+    layers: dict[int, dict[str, Any]] = {}
+    projections: dict[str, dict[str, Any]] = {}
+    for name in file.entries:
+        if match := _EXPERTS.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = file[name]
+            continue
+        match = _PROJECTION.fullmatch(name)
+        module = match and family_name(projection_name(match[1]), model_type)
+        if not match or not module or not is_projection(module):
+            raise AdapterError(f"{name} is no adapter of routed experts or projections")
+        projections.setdefault(module, {})[match[2]] = file[name]
+    return (
+        {i: _complete(LoRA, arrays, i) for i, arrays in sorted(layers.items())},
+        {n: _complete(LinearLoRA, arrays, n) for n, arrays in projections.items()},
+    )
+
+
+def _complete(kind: Any, arrays: Mapping[str, Any], place: Place) -> Any:
+    for name in kind.NAMES:
+        if name not in arrays:
+            raise AdapterError(f"{name} of {said(place)} is missing")
+    return kind(**arrays)
+
+
+def _strength(lora: LoRAConfig, place: Place) -> Strength:
+    name = experts_name(place) if isinstance(place, int) else place
+    own = lora.of_module(name)
+    return Strength(own.rank, own.scaling * own.rank)
 
 
 def lora_of(config: Mapping[str, Any]) -> LoRAConfig:
@@ -94,6 +128,7 @@ def lora_of(config: Mapping[str, Any]) -> LoRAConfig:
         # Younger than the first checkpoints.
         config.get("rslora", False),
         config.get("rank_pattern", {}),
+        targets=split_patterns(config.get("targets", "experts")),
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ktjax import assets
-from ktjax.config import LoRAConfig
+from ktjax.config import LoRAConfig, split_patterns
 from ktjax.models.loading import EXPERTS
+from ktjax.quant.formats import ENCODED_FORMATS
 from ktjax.train.options import Option, check_fields
 
 DType = Literal["float32", "bfloat16"]
@@ -18,7 +19,7 @@ DType = Literal["float32", "bfloat16"]
 _FREE = frozenset(
     {
         *("model", "train_data", "eval_data", "output_dir", "init_adapter", "resume"),
-        *("targets", "activation_policy", "tensorboard"),
+        *("activation_policy", "tensorboard"),
         *("patience", "eval_every", "eval_batch", "answers", "answer_tokens"),
         *("checkpoint_every", "keep_checkpoints"),
     }
@@ -72,7 +73,7 @@ class TrainConfig:
         Path | None,
         Option(
             "adapter to start from, in any format, or a training's output; "
-            "lora_rank and lora_alpha must be its own (default: zero)"
+            "targets, lora_rank and lora_alpha must be its own (default: zero)"
         ),
     ] = None
     objective: Annotated[
@@ -100,6 +101,14 @@ class TrainConfig:
     zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
         False
     )
+    dense: Annotated[
+        str | None,
+        Option(
+            "where projections outside the experts are computed: in stores of one of "
+            f"{', '.join(ENCODED_FORMATS)}, or by xla (default: what is fastest "
+            "without changing a value)"
+        ),
+    ] = None
     dtype: Annotated[
         DType,
         Option(
@@ -117,9 +126,7 @@ class TrainConfig:
             "pass: less memory, more time"
         ),
     ] = False
-    lora_rank: Annotated[
-        int, Option("rank of the experts' adapters", least=1, most=256)
-    ] = 16
+    lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
     lora_alpha: Annotated[
         float, Option("the adapters are scaled by lora_alpha / lora_rank", above=0)
     ] = 32.0
@@ -129,8 +136,8 @@ class TrainConfig:
     rank_pattern: Annotated[
         dict[str, int],
         Option(
-            "ranks of layers, as {pattern: rank}; a regular expression for the end of "
-            "a name like layers.3.mlp.experts; the first that fits counts"
+            "ranks of modules, as {pattern: rank}; a regular expression for the end of "
+            "a name like model.layers.3.mlp.experts; the first that fits counts"
         ),
     ] = dataclasses.field(default_factory=dict)
     lora_dropout: Annotated[
@@ -139,8 +146,9 @@ class TrainConfig:
     targets: Annotated[
         str,
         Option(
-            "modules that must be trained, as comma-separated patterns like those of "
-            "rank_pattern; an error if one would stay frozen"
+            "modules that get adapters, as comma-separated patterns like those of "
+            "rank_pattern: experts, q_proj, v_proj, shared_experts.up_proj, ...; an "
+            "error if one fits nothing that can be trained"
         ),
     ] = "experts"
     steps: Annotated[int, Option("optimizer steps in all", least=1)] = 240
@@ -269,13 +277,14 @@ class TrainConfig:
 
     @property
     def lora(self) -> LoRAConfig:
-        """Rank and strength of the adapters."""
+        """Which modules have adapters, and of what rank and strength."""
         return LoRAConfig(
             self.lora_rank,
             self.lora_alpha,
             self.rslora,
             self.rank_pattern,
             dropout=self.lora_dropout,
+            targets=split_patterns(self.targets),
         )
 
     @property

@@ -111,6 +111,8 @@ def fit(
         data["start"] = fingerprint_arrays(split.lora)
     if config.patience:  # then evaluations decide when to stop
         data["evaluation_data"] = fingerprint(evaluation)
+    # Says what Hugging Face calls the modules.
+    kind = {"model_type": getattr(getattr(model, "config", None), "model_type", None)}
     at = _Point(init_state(split, make_optimizer(config)), START, Best())
     if config.resume:
         at = _resume(root, at.state, config, data)
@@ -128,7 +130,7 @@ def fit(
         nonlocal saved
         if step > saved:
             now = _Point(state, stream.position, best)
-            observer.on_checkpoint(_save(root, now, config, data))
+            observer.on_checkpoint(_save(root, now, config, {**data, **kind}))
             saved = step
 
     def is_hopeless() -> bool:

@@ -24,7 +24,8 @@ from flax import nnx
 from ktjax import _native
 from ktjax.config import MAX_LORA_RANK
 from ktjax.models import Decoder, ModelConfig
-from ktjax.models.loading import experts_name
+from ktjax.models.loading import module_names, shapes_of
+from ktjax.models.targets import adapt_projections, check_targets, experts_name
 from ktjax.nn import RoutedExperts
 from ktjax.quant.formats import Encoding
 from ktjax.store import ExpertStore, Geometry
@@ -128,8 +129,11 @@ def plan_memory(model: ModelConfig, config: TrainConfig) -> Memory:
         `moment_dtype`.
 
     Raises:
+      FrozenTargetError: a target fits nothing that can have adapters.
       ValueError: the sizes do not fit the format, or no layer has experts.
     """
+    shapes = shapes_of(model, dtype=config.dtype)
+    check_targets(shapes, config.lora, module_names(shapes))
     split, state = _abstract(model, config)
     step = step_bytes(model, config)
     return Memory(
@@ -401,19 +405,22 @@ def _skeleton(model: ModelConfig, config: TrainConfig, store: ExpertStore) -> De
     """The model as shapes alone, with the same store in every layer."""
 
     def experts(index: int) -> RoutedExperts:
-        own = config.lora.of_module(experts_name(index))
+        name = experts_name(index)
+        own = config.lora.of_module(name)
         return RoutedExperts(
             store,
-            lora_rank=own.rank,
+            lora_rank=own.rank if config.lora.adapts(name) else None,
             lora_alpha=own.scaling * own.rank,
             activation_policy=config.activation_policy,
             rngs=nnx.Rngs(0),
         )
 
     def build() -> Decoder:
-        return Decoder(
+        decoder = Decoder(
             model, experts, dtype=config.dtype, remat=config.remat, rngs=nnx.Rngs(0)
         )
+        adapt_projections(decoder, config.lora, nnx.Rngs(0))
+        return decoder
 
     return nnx.eval_shape(build)
 

@@ -7,12 +7,12 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 from rich.console import Console
 
-from ktjax.io.adapters import AdapterError, write_adapter
+from ktjax.io.adapters import AdapterError, said, write_adapter
+from ktjax.io.adapters.names import kind_of
 from ktjax.models import (
     Decoder,
     Tokenizer,
@@ -21,6 +21,8 @@ from ktjax.models import (
     from_pretrained,
     generate_batch,
 )
+from ktjax.models.adapters import strength_of
+from ktjax.models.targets import adapted
 from ktjax.train.adapters import read_run, read_run_or_adapter
 from ktjax.train.answers import Answer, answer_chats
 from ktjax.train.config import TrainConfig
@@ -30,7 +32,7 @@ from ktjax.train.data import Chat, read_chats, split_chats, tokenize
 from ktjax.train.loop import FitResult, fit, refuse_old_run
 from ktjax.train.metrics import read_metrics
 from ktjax.train.report import ProgressReport, match_table, sample_table
-from ktjax.train.trainable import check_targets, parts_of, parts_table
+from ktjax.train.trainable import parts_of, parts_table
 
 CONFIG_NAME = "config.yaml"
 
@@ -73,7 +75,6 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
     evaluation = tokenize(questions, tokenizer, config.sequence_length)
     model = _load(config, nnx.Rngs(config.seed))
     try:
-        check_targets(model, config.targets)
         if config.init_adapter is not None:
             _start_from(model, config)
         if not (output_dir / CONFIG_NAME).exists() or not config.resume:
@@ -125,6 +126,7 @@ def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:
         experts=config.experts,
         group_size=config.group_size,
         zero_point=config.zero_point,
+        dense=config.dense,
         dtype=config.dtype,
         lora=config.lora,
         activation_policy=config.activation_policy,
@@ -141,16 +143,19 @@ def _start_from(model: Decoder, config: TrainConfig) -> None:
     """
     assert config.init_adapter is not None
     adapter = read_run_or_adapter(config.init_adapter)
-    for index, layer in model.moe_layers():
-        experts: Any = layer.experts
-        wanted = adapter.strength(index)
-        if experts.lora_rank != wanted.rank or not math.isclose(
-            experts.scaling, wanted.scaling
-        ):
+    modules = adapted(model)
+    if modules.keys() != dict(adapter.items()).keys():
+        raise AdapterError(
+            f"{config.init_adapter} adapts {adapter.summary()}, the options say "
+            f"targets = {config.targets}; give its own"
+        )
+    for place, module in modules.items():
+        own, wanted = strength_of(module), adapter.strength(place)
+        if own.rank != wanted.rank or not math.isclose(own.scaling, wanted.scaling):
             raise AdapterError(
                 f"{config.init_adapter} has rank {wanted.rank} and scaling "
-                f"{wanted.scaling:g} in layer {index}, the options say "
-                f"{experts.lora_rank} and {experts.scaling:g}; give its lora_rank and "
+                f"{wanted.scaling:g} in {said(place)}, the options say "
+                f"{own.rank} and {own.scaling:g}; give its lora_rank and "
                 "lora_alpha (= scaling * rank, or rslora)"
             )
     apply_adapter(model, adapter)
@@ -185,12 +190,14 @@ def _describe(
     console: Console,
 ) -> None:
     geometry = model.config
-    ranks = sorted({c.lora_rank for c in _experts(model)}, reverse=True)
+    modules = adapted(model)
+    ranks = sorted({m.lora_rank for m in modules.values()}, reverse=True)
+    kinds = (kind_of(p) if isinstance(p, str) else "the experts" for p in modules)
     console.print(
         f"model   {config.model_path}\n"
         f"        {geometry.num_hidden_layers} layers, {geometry.num_experts} experts, "
         f"{geometry.num_experts_per_tok} per token; LoRA of rank "
-        f"{', '.join(map(str, ranks))} on the experts",
+        f"{', '.join(map(str, ranks))} on {', '.join(dict.fromkeys(kinds))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -202,10 +209,6 @@ def _describe(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _experts(model: Decoder) -> list[Any]:
-    return [layer.experts for _, layer in model.moe_layers()]
 
 
 def _show_curve(output_dir: Path, console: Console) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 from flax import nnx
 from rich.table import Table
 
-from ktjax.config import fits
 from ktjax.models import Decoder
 from ktjax.nn import FrozenLinear, RoutedExperts, StoreHandle
 from ktjax.train.report import bytes_text
 
-_ADAPTERS = "adapters of the experts"
 _EXPERTS = "routed experts"
 
 # Which part a parameter belongs to: the first of these that occurs in its path.
@@ -49,10 +47,6 @@ class Part:
     layers: int
 
 
-class FrozenTargetError(ValueError):
-    """A module that was asked to be trained and would not be."""
-
-
 def parts_of(model: Decoder) -> list[Part]:
     """The parts of `model`, the trained ones first, then by size."""
     totals: dict[tuple[str, bool], list[int]] = {}
@@ -70,41 +64,6 @@ def parts_of(model: Decoder) -> list[Part]:
         if parameters
     ]
     return sorted(parts, key=lambda part: (not part.trained, -part.size))
-
-
-def check_targets(model: Decoder, targets: str) -> None:
-    """See that everything which was asked to be trained has adapters.
-
-    Args:
-      model: with its adapters.
-      targets: comma-separated regular expressions for the end of a module's name, like
-        `layers.3.mlp.experts`.
-
-    Raises:
-      FrozenTargetError: a target fits no module, or one without adapters; names both.
-      ValueError: a target is no regular expression.
-    """
-    modules = {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_graph(model)
-        if isinstance(module, nnx.Module) and path
-    }
-    adapted = [name for name, module in modules.items() if _has_adapters(module)]
-    # Experts are the module, the layers around it only contain it.
-    here = [name for name in adapted if name.endswith(".experts")]
-    for target in (part.strip() for part in targets.split(",")):
-        found = [name for name in modules if fits(target, name)]
-        frozen = [name for name in found if name not in adapted]
-        if not found:
-            raise FrozenTargetError(
-                f"targets: '{target}' fits no module of this model; adapters are "
-                f"trained in {_some(here)}"
-            )
-        if frozen:
-            raise FrozenTargetError(
-                f"targets: '{target}' fits {_some(frozen)}, which would stay frozen; "
-                f"adapters are trained in {_some(here)} only"
-            )
 
 
 def parts_table(parts: list[Part]) -> Table:
@@ -146,18 +105,16 @@ def _parameters(
             node, StoreHandle | nnx.RngState
         ):
             trained = isinstance(node, nnx.LoRAParam)
-            name = _ADAPTERS if trained else _part(path)
+            name = _adapters(path) if trained else _part(path)
             yield path, name, trained, node.size, node.size * node.dtype.itemsize
+
+
+def _adapters(path: tuple[Any, ...]) -> str:
+    if "experts" in path:
+        return "adapters of the experts"
+    # The parameter is a part of the projection.
+    return f"adapters of {path[-2]} ({_part(path)})"
 
 
 def _part(path: tuple[Any, ...]) -> str:
     return next((name for key, name in _PARTS.items() if key in path), "norms")
-
-
-def _has_adapters(module: nnx.Module) -> bool:
-    return any(isinstance(node, nnx.LoRAParam) for _, node in nnx.iter_graph(module))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:2])
-    return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown or "none"

@@ -1,6 +1,13 @@
-"""LoRA adapters of routed experts, from and to the formats of PEFT and others."""
+"""LoRA adapters, from and to the formats of PEFT and others."""
 
-from ktjax.io.adapters.adapter import Adapter, AdapterError, Strength, ranges
+from ktjax.io.adapters.adapter import (
+    Adapter,
+    AdapterError,
+    Place,
+    Strength,
+    ranges,
+    said,
+)
 from ktjax.io.adapters.files import (
     AdapterInfo,
     inspect_adapter,
@@ -13,10 +20,12 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterInfo",
+    "Place",
     "Strength",
     "inspect_adapter",
     "is_adapter",
     "ranges",
     "read_adapter",
+    "said",
     "write_adapter",
 ]

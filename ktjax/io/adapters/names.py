@@ -1,4 +1,4 @@
-"""What the tensors of routed experts are called, and in which layout PEFT takes them.
+"""What the modules with adapters are called, and in which layout PEFT takes them.
 
 Two ways to store the experts of a layer occur in checkpoints: a matrix per expert and
 projection, or one tensor per projection with all experts (gate and up in one).
@@ -61,6 +61,13 @@ _EXPERT = re.compile(
 _FUSED = re.compile(
     rf"model\.layers\.(\d{{1,9}})\.mlp\.experts\.({'|'.join(FUSED_PARAMETERS)})"
 )
+# Everything else that can have adapters.
+_PROJECTION = re.compile(
+    r"lm_head|model\.layers\.\d{1,9}\."
+    r"(self_attn\.(q_proj|k_proj|v_proj|o_proj|q_a_proj|q_b_proj|kv_b_proj"
+    r"|kv_a_proj_with_mqa)"
+    r"|mlp\.(shared_experts?\.)?(gate_proj|up_proj|down_proj))"
+)
 # Converted experts (ktjax.io.converted): all of one projection.
 _STACKED = re.compile(
     r"model\.layers\.(\d{1,9})\.mlp\.experts\.(gate_proj|up_proj|down_proj)\.values"
@@ -102,6 +109,16 @@ def stored_target_of(name: str) -> Target | None:
     """
     stem = name.rpartition(".")[0]
     return target_of(name) or target_of(f"{stem}.weight") or target_of(f"{stem}.values")
+
+
+def is_projection(name: str) -> bool:
+    """Whether the module `name` of a checkpoint is a projection outside the experts."""
+    return _PROJECTION.fullmatch(name) is not None
+
+
+def kind_of(name: str) -> str:
+    """The shortest name that says which kind of module `name` is, in any layer."""
+    return re.sub(r"^model\.layers\.\d+\.(self_attn|mlp)\.", "", name)
 
 
 def family_of(model_type: str) -> Family:

@@ -37,7 +37,6 @@ class PeftConfig:
     Attributes:
       path: the file.
       base_model: `base_model_name_or_path`, or None.
-      targets: the names in target_modules and target_parameters.
       rslora: whether the scaling is alpha / √rank.
     """
 
@@ -51,9 +50,7 @@ class PeftConfig:
         self.path = directory / CONFIG_NAME
         raw = _read(self.path)
         self.base_model = _text(raw.get("base_model_name_or_path"))
-        self.targets = _names(raw.get("target_modules")) + _names(
-            raw.get("target_parameters")
-        )
+        self._parameters = _names(raw.get("target_parameters"))
         self.rslora = self._check_flag("use_rslora", raw.get("use_rslora"))
         self._refuse_unsupported(raw)
         self._rank = self._check_rank("r", raw.get("r"))
@@ -72,6 +69,18 @@ class PeftConfig:
         alpha = _lookup(self._alphas, module, self._alpha)
         # alpha / √rank = (alpha √rank) / rank.
         return Strength(rank, alpha * math.sqrt(rank) if self.rslora else alpha)
+
+    def target_name(self, module: str) -> str:
+        """What the patterns are held against: a module's name, or its parameter's.
+
+        PEFT adapts the weight of a module as a parameter where target_parameters says
+        so, and then its patterns are about `module.weight`.
+        """
+        weight = f"{module}.weight"
+        is_parameter = any(
+            f".{weight}".endswith(f".{name}") for name in self._parameters
+        )
+        return weight if is_parameter else module
 
     def _refuse_unsupported(self, raw: dict[str, Any]) -> None:
         kind = raw.get("peft_type")

@@ -65,8 +65,9 @@ def write_gguf_model(
     if change is not None:
         change(tensors, metadata)
     writer = gguf.GGUFWriter(
-        path, metadata.pop("general.architecture"), split_max_tensors=parts
+        path, gguf.MODEL_ARCH_NAMES[architecture], split_max_tensors=parts
     )
+    del writer.kv_data[0]["general.architecture"]  # one of the metadata here
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -237,6 +237,18 @@ REFUSED = {
         {f"{KEY}attention.sliding_window": 64},
         "sliding_window = 64 is not supported: it is shorter than .* = 256",
     ),
+    "no string": (
+        {"general.architecture": ["qwen3moe"]},
+        r"architecture = \['qwen3moe'\] is not supported",
+    ),
+    "heads by layer": (
+        {f"{KEY}attention.head_count": [4, 4]},
+        r"qwen3moe\.attention\.head_count must be positive, got \[4, 4\]",
+    ),
+    "a scale": (
+        {f"{KEY}attention.scale": [0.5]},
+        r"attention\.scale = \[0.5\] is not supported",
+    ),
     "half a head": ({f"{KEY}rope.dimension_count": 8}, "dimension_count = 8 is not"),
 }
 
@@ -257,8 +269,9 @@ def test_metadata_that_are_refused(name, source, tmp_path):
 
 
 def test_tensors_that_do_not_fit(source, tmp_path):
-    def refused(error, message, drop=None, **tensors):
+    def refused(error, message, drop=None, said=(), **tensors):
         def change(written, metadata):
+            metadata.update(said)
             if drop is not None:
                 del written[drop]
             for name, array in tensors.items():
@@ -276,6 +289,8 @@ def test_tensors_that_do_not_fit(source, tmp_path):
         r"blk\.1\.attn_q\.weight has shape \[64, 64\], .* for \[128",
         **wrong,
     )
+    many = {"qwen3moe.block_count": 2**31 - 1}
+    refused(KeyError, r"no tensor 'blk\.2147483646\.attn_norm", None, many)
     more = {"rope_freqs.weight": np.ones(16, np.float32)}
     refused(
         CheckpointError, "no place in a qwen3_moe model, .*: rope_freqs.weight", **more

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ktjax.io.gguf import GGUFCheckpoint
 from ktjax.models.fields import ConfigError, Fields
 
@@ -35,17 +37,17 @@ def gguf_config(checkpoint: GGUFCheckpoint) -> Raw:
     Raises:
       ConfigError: an architecture that is not built, or a key that is missing or has a
         bad value; the message names the key as the file does.
-      KeyError: there is no token_embd.weight.
+      KeyError: there is no token_embd.weight, or no last layer.
     """
     architecture = checkpoint.metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ConfigError(
             f"general.architecture = {architecture!r} is not supported; supported: "
             f"{', '.join(_ARCHITECTURES)}"
         )
     at = f"{architecture}."
     own = {
-        key.removeprefix(at): value
+        key.removeprefix(at): value.tolist() if isinstance(value, np.ndarray) else value
         for key, value in checkpoint.metadata.items()
         if key.startswith(at)
     }
@@ -58,6 +60,8 @@ def gguf_config(checkpoint: GGUFCheckpoint) -> Raw:
     for key, value in _NEUTRAL.items():
         fields.only(key, value)
     raw = _common(checkpoint, fields) | _ARCHITECTURES[architecture](checkpoint, fields)
+    # Before as many layers are built as a damaged file may ask for.
+    checkpoint.file_of(f"blk.{raw['num_hidden_layers'] - 1}.attn_norm.weight")
     longest = raw["max_position_embeddings"]
     window = fields.count("attention.sliding_window", longest)
     if 0 < window < longest:
@@ -171,6 +175,8 @@ def _deepseek2(checkpoint: GGUFCheckpoint, fields: Fields) -> Raw:
 def _glm4moe(checkpoint: GGUFCheckpoint, fields: Fields) -> Raw:
     width = _head_dim(fields)
     turned = fields.size("rope.dimension_count", default=width // 2)
+    if turned > width:
+        fields.only("rope.dimension_count", width)
     _gating(fields, "sigmoid")
     return {
         "model_type": "glm4_moe",

@@ -304,11 +304,8 @@ def _names(found: dict[str, dict[str, str]]) -> set[str]:
 def _refuse_unknown(file: SafetensorsFile, known: set[str]) -> None:
     """An adapter that is only partly understood would be another adapter."""
     unknown = [name for name in file.entries if name not in known]
-    if unknown and unknown[0].endswith(".base_layer.weight"):
-        raise AdapterError(
-            f"{file.path}: {unknown[0]} is a copy of the base model's weight; save the "
-            "adapter without it (PEFT: save_embedding_layers=False)"
-        )
+    copies = [name for name in unknown if name.endswith(".base_layer.weight")]
+    unknown = [name for name in unknown if name not in copies]
     if unknown:
         raise AdapterError(
             f"{file.path}: {unknown[0]} is no LoRA of a routed expert or a projection"
@@ -316,4 +313,9 @@ def _refuse_unknown(file: SafetensorsFile, known: set[str]) -> None:
             + "; only adapters of the routed experts' gate, up and down projections "
             "and of the projections of attention, dense layers, shared experts and "
             "the output head are supported"
+        )
+    if copies:
+        raise AdapterError(
+            f"{file.path}: {copies[0]} is a copy of the base model's weight; save the "
+            "adapter without it (PEFT: save_embedding_layers=False)"
         )

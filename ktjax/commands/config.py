@@ -82,7 +82,9 @@ class InspectConfig:
 
     path: Annotated[
         Path,
-        Option("a model, a safetensors file, an adapter, or a training's output"),
+        Option(
+            "a model, a safetensors or GGUF file, an adapter, or a training's output"
+        ),
     ]
 
     def __post_init__(self) -> None:
@@ -95,7 +97,10 @@ class AnswerConfig:
 
     model: Annotated[
         Path | None,
-        Option("Hugging Face directory (default: the adapter's, or else the demo's)"),
+        Option(
+            "Hugging Face directory or GGUF file "
+            "(default: the adapter's, or else the demo's)"
+        ),
     ] = None
     run: Annotated[
         Path | None,
@@ -109,7 +114,7 @@ class AnswerConfig:
         str | None,
         Option(
             f"storage format of the expert weights: {', '.join(EXPERTS)} "
-            "(default: the run's, or else bf16)"
+            "(default: the run's, or else bf16, and of GGUF its own blocks)"
         ),
     ] = None
     group_size: Annotated[

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from ktjax.commands.config import ExportConfig
 from ktjax.io.adapters import Adapter, AdapterError, write_adapter
+from ktjax.io.gguf import is_gguf
+from ktjax.models import ModelConfig
 from ktjax.train.adapters import read_run_or_adapter
 
 
@@ -45,8 +47,11 @@ def model_type_of(adapter: Adapter) -> str:
     Raises:
       AdapterError: the base model is not here; says how to name it.
     """
-    file = Path(adapter.base_model or "") / "config.json"
+    base = Path(adapter.base_model or "")
+    file = base / "config.json"
     try:
+        if is_gguf(base):
+            return ModelConfig.from_pretrained(base).model_type
         return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AdapterError(

@@ -51,7 +51,7 @@ def open_model(config: AnswerConfig) -> Iterator[tuple[Decoder, Tokenizer]]:
     adapter = _adapter(config)
     path = config.model or assets.demo_model()
     # Adapters belong to the very weights that they were trained on.
-    base: dict[str, Any] = {"experts": "bf16", "group_size": None, "zero_point": False}
+    base: dict[str, Any] = {"experts": None, "group_size": None, "zero_point": False}
     dense = config.dense
     if config.run is not None:
         trained = checkpoint.read_meta(run_checkpoint(config.run))["config"]
@@ -119,9 +119,9 @@ def _adapter(config: AnswerConfig) -> Adapter | None:
 
 def _base_model(adapter: Adapter) -> Path:
     path = Path(adapter.base_model or "")
-    if not adapter.base_model or not path.is_dir():
+    if not adapter.base_model or not path.exists():
         raise AdapterError(
-            f"the adapter's base model {adapter.base_model!r} is no directory here; "
-            "name the model's directory with --model"
+            f"the adapter's base model {adapter.base_model!r} is not here; name the "
+            "model with --model"
         )
     return path

@@ -14,6 +14,9 @@ from rich.table import Table
 from ktjax.commands.config import InspectConfig
 from ktjax.io.adapters import inspect_adapter, is_adapter, ranges
 from ktjax.io.adapters.names import stored_target_of
+from ktjax.io.gguf import GGUFCheckpoint, is_gguf
+from ktjax.io.gguf_experts import EXPERTS
+from ktjax.io.gguf_header import Descriptor
 from ktjax.io.header import CheckpointError, Entry
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
 from ktjax.train import checkpoint
@@ -38,6 +41,8 @@ def run_inspect(config: InspectConfig, console: Console) -> None:
         rows = _run(path)
     elif is_adapter(path):
         rows = _adapter(path)
+    elif is_gguf(path):
+        rows = _gguf(path)
     else:
         rows = _checkpoint(path)
     table = Table(show_header=False, box=None)
@@ -115,6 +120,39 @@ def _checkpoint(path: Path) -> Rows:
     rest = {name: entry for name, entry in entries.items() if name not in experts}
     size = sum(map(_size, rest.values()))
     return [*rows, ("the rest", f"{bytes_text(size)}, {_dtypes(rest)}")]
+
+
+def _gguf(path: Path) -> Rows:
+    files = GGUFCheckpoint(path)
+    tensors = {name: files.descriptor(name) for name in files}
+    architecture = files.metadata.get("general.architecture", "not said")
+    keys = ("block_count", "expert_count", "expert_used_count")
+    layers, count, used = (
+        str(files.metadata.get(f"{architecture}.{key}", "not said")) for key in keys
+    )
+    routed = {name: t for name, t in tensors.items() if EXPERTS.fullmatch(name)}
+    rest = {name: t for name, t in tensors.items() if name not in routed}
+    found = {int(name.split(".")[1]) for name in routed}
+    return [
+        ("GGUF", str(path)),
+        ("name", str(files.metadata.get("general.name", "not said"))),
+        ("family", str(architecture)),
+        ("layers", layers),
+        ("experts", count),
+        ("per token", used),
+        ("experts in", f"layers {ranges(found)}" if found else "no layer"),
+        ("tensors", f"{len(tensors):,} in {len({*map(files.file_of, files)})} files"),
+        ("routed experts", _size_and_types(routed)),
+        ("the rest", _size_and_types(rest)),
+    ]
+
+
+def _size_and_types(tensors: Mapping[str, Descriptor]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.type.name] += tensor.stop - tensor.start
+    types = ", ".join(name for name, _ in counts.most_common()) or "none"
+    return f"{bytes_text(counts.total())}, {types}"
 
 
 def _experts(entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -52,12 +53,11 @@ class GGUFFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such GGUF file")
         # An empty file cannot be mapped.
-        size = self.path.stat().st_size
-        self._data: Array = (
-            np.memmap(self.path, np.uint8, mode="r").view(np.ndarray)
-            if size
-            else np.empty(0, np.uint8)
-        )
+        self._map: mmap.mmap | None = None
+        if self.path.stat().st_size:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data: Array = np.frombuffer(self._map or b"", np.uint8)
         header = read_gguf_header(self.path, self._data)
         self.metadata: Mapping[str, Any] = header.metadata
         self.tensors: Mapping[str, Descriptor] = header.tensors
@@ -76,6 +76,11 @@ class GGUFFile:
             return data.view(dtype).reshape(tensor.shape)
         row = tensor.shape[-1] // tensor.type.block * tensor.type.bytes
         return data.reshape(*tensor.shape[:-1], row)
+
+    def release_pages(self) -> None:
+        """As `SafetensorsFile.release_pages`."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class GGUFCheckpoint(Parts[GGUFFile]):
@@ -114,6 +119,11 @@ class GGUFCheckpoint(Parts[GGUFFile]):
     def __getitem__(self, name: str) -> Array:
         """The tensor `name` as a view; see `GGUFFile`, and `file_of` for errors."""
         return self.file_of(name)[name]
+
+    def release_pages(self) -> None:
+        """`GGUFFile.release_pages` of every file."""
+        for file in set(self._file_of.values()):
+            file.release_pages()
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ FORMATS: dict[str, str] = {
     **dict.fromkeys(_NUMBERS, "bf16"),
     **{name.upper(): name for name in BLOCK_FORMATS},
 }
+
+# What their tensors are called, with all experts in one or an expert each.
+EXPERTS = re.compile(
+    r"blk\.\d{1,9}\.ffn_(?:(?:gate|up|down|gate_up)_exps|(?:gate|up|down)\.\d+)\.weight"
+)
 
 
 class _Matrix(NamedTuple):

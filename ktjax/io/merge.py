@@ -56,7 +56,9 @@ def merge_checkpoint(
     """
     source = Path(model)
     if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such directory; expected a model's")
+        raise FileNotFoundError(
+            f"{source}: no such directory; expected a model's, with safetensors"
+        )
     _refuse_quantised(source)
     checkpoint = Checkpoint(source)
     shards = list({id(f): f for f in map(checkpoint.file_of, checkpoint)}.values())

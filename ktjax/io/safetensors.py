@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from ktjax.io.atomic import new_file
+from ktjax.io.gguf import is_gguf
 from ktjax.io.header import DTYPES, CheckpointError, Entry, read_header
 from ktjax.io.parts import Parts, missing
 
@@ -91,11 +92,17 @@ class Checkpoint(Parts[SafetensorsFile]):
 
         Raises:
           FileNotFoundError: the path, or a shard that the index names, is not there.
-          CheckpointError: a file is damaged, or the index and the shards disagree.
+          CheckpointError: a file is damaged or GGUF, or the index and the shards
+            disagree.
         """
         self.path = Path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file or directory")
+        if is_gguf(self.path):
+            raise CheckpointError(
+                f"{self.path}: expected safetensors, got GGUF, which is read as a base "
+                "to run and to train, and neither merged nor converted"
+            )
         self._file_of = _open_directory(self.path) if self.path.is_dir() else {}
         if not self.path.is_dir():
             file = SafetensorsFile(self.path)

@@ -1,4 +1,4 @@
-"""The geometry of a decoder language model, read from Hugging Face's config.json."""
+"""The geometry of a decoder language model, read from config.json or from GGUF."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ktjax.io.gguf import GGUFCheckpoint, is_gguf
 from ktjax.models.attention import GQAConfig
 from ktjax.models.families import FAMILIES, read_config
 from ktjax.models.fields import ConfigError, Fields
+from ktjax.models.gguf_config import gguf_config
 from ktjax.models.latent_attention import MLAConfig
 from ktjax.models.rope import RopeConfig
 from ktjax.nn import RoutingRule
@@ -89,10 +91,15 @@ class ModelConfig:
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ModelConfig:
         """Read `path/config.json`, and the end tokens of generation_config.json.
 
+        Of GGUF, a file or a directory of one model's, the metadata are read.
+
         Raises:
           FileNotFoundError: there is no config.json.
           ConfigError: see `from_dict`; the message names the file.
+          CheckpointError: a GGUF file is damaged.
         """
+        if is_gguf(path):
+            return cls._from_gguf(path)
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(
@@ -109,6 +116,14 @@ class ModelConfig:
                 config, eos_token_ids=eos or config.eos_token_ids
             )
         return config
+
+    @classmethod
+    def _from_gguf(cls, path: str | os.PathLike[str]) -> ModelConfig:
+        checkpoint = GGUFCheckpoint(path)
+        try:
+            return cls.from_dict(gguf_config(checkpoint))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models from Hugging Face directories; experts go from the file to their store."""
+"""Models from safetensors and GGUF; experts go from the file to their store."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from rich.progress import track
 from ktjax import backend
 from ktjax.config import LoRAConfig
 from ktjax.experts_load import make_store
-from ktjax.io import Checkpoint, read_experts
-from ktjax.io.stored import read_dense
+from ktjax.io.gguf import is_gguf
 from ktjax.models.config import ModelConfig
 from ktjax.models.decoder import Decoder, DecoderLayer
 from ktjax.models.targets import (
@@ -28,6 +27,7 @@ from ktjax.models.targets import (
     family_name,
     projections,
 )
+from ktjax.models.weights import Weights, open_weights
 from ktjax.nn import FrozenLinear, GatedMLP, ReferenceExperts, RoutedExperts
 from ktjax.quant.formats import ENCODED_FORMATS, Encoding, check_compute
 from ktjax.store_linear import LinearStore
@@ -45,7 +45,7 @@ class _Unloaded(nnx.Module):
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    experts: str = "bf16",
+    experts: str | None = None,
     group_size: int | None = None,
     zero_point: bool = False,
     compute: Literal["bf16", "int8"] | None = None,
@@ -56,7 +56,7 @@ def from_pretrained(
     remat: bool = False,
     rngs: nnx.Rngs | None = None,
 ) -> Decoder:
-    """Load a language model from a Hugging Face directory.
+    """Load a language model from a Hugging Face directory or a GGUF file.
 
     Experts are read one layer at a time, so beside the model itself at most one layer's
     experts are in memory twice. Where they are stored in the format that was asked for,
@@ -65,10 +65,12 @@ def from_pretrained(
     counts the layers.
 
     Args:
-      path: a directory with config.json and (sharded) safetensors.
+      path: a directory with config.json and (sharded) safetensors; or a GGUF file (of
+        a split model, any part), or a directory with one model's.
       experts: storage format of the experts in host memory, a name in
-        `ktjax.quant.FORMATS`. "auto": the format that the checkpoint has. "reference":
-        pure JAX in float32, slow; the oracle.
+        `ktjax.quant.FORMATS`. "auto": the format that the checkpoint has; of GGUF, its
+        own blocks. "reference": pure JAX in float32, slow; the oracle. None: "auto" for
+        GGUF, "bf16" for safetensors.
       group_size: for int4_kgroup: 32, 64 or 128 depths to a scale; None = what the
         checkpoint has, or else 128.
       zero_point: for int4_kgroup: quantise with zero points.
@@ -100,9 +102,11 @@ def from_pretrained(
       KeyError: a tensor is missing.
       FrozenTargetError: a target of `lora` fits no module, or one that cannot have
         adapters.
-      ValueError: a tensor has another shape than config.json says, a pattern of `lora`
-        that fits no module with adapters, or a bad argument.
+      ValueError: a tensor has another shape than the configuration says, a pattern of
+        `lora` that fits no module with adapters, or a bad argument.
     """
+    if experts is None:
+        experts = "auto" if is_gguf(path) else "bf16"
     if experts not in EXPERTS:
         raise ValueError(
             f"from_pretrained: experts must be one of {', '.join(EXPERTS)}, "
@@ -130,25 +134,23 @@ def from_pretrained(
             f"from_pretrained: dtype must be bfloat16 or float32, got {dtype}"
         )
     config = ModelConfig.from_pretrained(path)
-    checkpoint = Checkpoint(path)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     model = shapes_of(config, dtype=dtype, remat=remat)
+    dense_names = [name for name, _, _ in _dense_tensors(model)]
+    weights = open_weights(path, config, dense_names)
     layers = model.moe_layers()
     if lora is not None:
         check_targets(model, lora, module_names(model))
     try:
         for projection, format in stored_projections(model, dense):
-            name = f"{projection.usual}.weight"
-            name = _name_in(checkpoint, config.model_type, name)
             # A model in bfloat16 holds them in bfloat16 anyway.
             exact = dense is None and dtype != jnp.bfloat16
-            _store_projection(checkpoint, name, projection, format, exact)
+            _store_projection(weights, projection, format, exact)
         for name, variable, transpose in _dense_tensors(model):
-            name = _name_in(checkpoint, config.model_type, name)
-            _assign(checkpoint, name, variable, transpose)
+            _assign(weights, name, variable, transpose)
         # What was read, and what was made of it on the way, would stay resident while
         # experts come: of Qwen3-30B-A3B 4 GB.
-        checkpoint.release_pages()
+        weights.release_pages()
         backend.trim_memory()
         for index, layer in _counted(layers):
             kwargs: dict[str, Any] = {"rngs": rngs}
@@ -157,26 +159,27 @@ def from_pretrained(
                 # The module scales by alpha / rank, rsLoRA by something else.
                 kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
                 kwargs |= {"dropout": own.dropout}
-            weights = read_experts(checkpoint, index, config.num_experts)
-            _check_experts(path, index, config, weights.shape)
+            stored = weights.experts(index, config.num_experts)
+            _check_experts(path, index, config, stored.shape)
             if experts == "reference":
-                layer.experts = ReferenceExperts(*weights.dequantize(), **kwargs)
+                layer.experts = ReferenceExperts(*stored.dequantize(), **kwargs)
                 continue
+            kept = [encoding.format for encoding in stored.encodings]
             store = make_store(
-                weights,
-                [weights.encoding.format if experts == "auto" else experts],
+                stored,
+                kept if experts == "auto" else [experts],
                 group_size,
                 zero_point,
                 where=str(path),
             )
-            del weights  # or there would be two layers' while the next is read
+            del stored  # or there would be two layers' while the next is read
             layer.experts = RoutedExperts(
                 store,
                 activation_policy=activation_policy,
                 compute=compute,
                 **kwargs,
             )
-            checkpoint.release_pages()
+            weights.release_pages()
         if lora is not None:
             # After the experts, whose start does not depend on what else is trained.
             adapt_projections(model, lora, rngs)
@@ -261,24 +264,22 @@ def stored_projections(
 
 
 def _store_projection(
-    checkpoint: Checkpoint,
-    name: str,
-    projection: Projection,
-    format: str,
-    exact: bool,
+    weights: Weights, projection: Projection, format: str, exact: bool
 ) -> None:
     """Put one projection into a store; `exact`: only if bfloat16 has its values."""
     module = projection.module
-    tensor = _read(checkpoint, name, module.kernel.shape[::-1])
+    name = f"{projection.usual}.weight"
+    tensor = _read(weights, name, module.kernel.shape[::-1])
     if exact and not _is_bfloat16(tensor):
         return
     try:
         store = LinearStore.from_array(tensor, format=format)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {name}: {error}") from None
+        where = f"{weights.path}: {weights.name_of(name)}"
+        raise ValueError(f"{where}: {error}") from None
     setattr(projection.owner, projection.part, FrozenLinear(store, module.bias))
     if tensor.nbytes >= _LARGE:
-        checkpoint.release_pages()
+        weights.release_pages()
 
 
 def _is_bfloat16(tensor: np.ndarray[Any, Any]) -> bool:
@@ -328,44 +329,33 @@ def _part_tensors(
         yield f"{at}.bias", part.bias, False
 
 
-def _name_in(checkpoint: Checkpoint, model_type: str, name: str) -> str:
-    """What a family calls the tensor of the usual `name`.
-
-    transformers may also write Mixtral under the usual names, so they go first.
-    """
-    if name in checkpoint:
-        return name
-    return family_name(name, model_type)
-
-
 def _read(
-    checkpoint: Checkpoint, name: str, expected: tuple[int, ...]
+    weights: Weights, name: str, expected: tuple[int, ...]
 ) -> np.ndarray[Any, Any]:
-    """A dense tensor of the shape that config.json asks for."""
-    at = name.removesuffix(".weight")
-    tensor = checkpoint[name] if at == name else read_dense(checkpoint, at)
+    """A dense tensor of the shape that the configuration asks for."""
+    tensor = weights.read(name)
     if tensor.shape != expected:
         raise ValueError(
-            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, config.json "
-            f"asks for {list(expected)}"
+            f"{weights.path}: {weights.name_of(name)} has shape {list(tensor.shape)}, "
+            f"the configuration asks for {list(expected)}"
         )
     if tensor.dtype.name not in ("bfloat16", "float32"):
         raise ValueError(
-            f"{checkpoint.path}: {name} has dtype {tensor.dtype}, expected bfloat16 or "
-            "float32"
+            f"{weights.path}: {weights.name_of(name)} has dtype {tensor.dtype}, "
+            "expected bfloat16 or float32"
         )
     return tensor
 
 
 def _assign(
-    checkpoint: Checkpoint, name: str, variable: nnx.Variable, transpose: bool
+    weights: Weights, name: str, variable: nnx.Variable, transpose: bool
 ) -> None:
     expected = variable.shape[::-1] if transpose else variable.shape
-    tensor = _read(checkpoint, name, expected)
+    tensor = _read(weights, name, expected)
     value = tensor.T if transpose else tensor
     variable.set_value(jax.device_put(_copy(value, variable.dtype)))
     if value.nbytes >= _LARGE:
-        checkpoint.release_pages()
+        weights.release_pages()
         backend.trim_memory()
 
 
@@ -392,6 +382,6 @@ def _check_experts(
     expected = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
     if shape != expected:
         raise ValueError(
-            f"{path}: the experts' gate of layer {index} is {list(shape)}, config.json "
-            f"asks for {list(expected)}"
+            f"{path}: the experts' gate of layer {index} is {list(shape)}, the "
+            f"configuration asks for {list(expected)}"
         )

@@ -1,4 +1,4 @@
-"""Text and chats <-> token ids, from a Hugging Face directory."""
+"""Text and chats <-> token ids, from a Hugging Face directory or beside a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
+from ktjax.io.gguf import GGUFCheckpoint, is_gguf
 from ktjax.models.chat_template import ChatTemplate, ChatTemplateError, Message
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Special tokens, and what they are called in the keys of GGUF.
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "pad_token": "padding",
+    "unk_token": "unknown",
+}
 
 
 class TokenizerError(ValueError):
@@ -31,24 +38,34 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Load from the directory `path`.
+        """Load from the directory `path`, or that of the GGUF file `path`.
 
         Reads tokenizer.json, and, where they are there, tokenizer_config.json and
-        chat_template.jinja.
+        chat_template.jinja. Of a GGUF file, what it says of special tokens and the chat
+        template counts where these do not.
 
         Raises:
           FileNotFoundError: there is no tokenizer.json.
           TokenizerError: a file is broken.
+          CheckpointError: the GGUF file is damaged.
         """
-        directory = Path(path)
+        directory, hint = Path(path), "expected a tokenizer there"
+        config: dict[str, Any] = {}
+        if is_gguf(path):
+            hint = (
+                "the tokenizer inside of a GGUF file is not read: put tokenizer.json "
+                "from the model's Hugging Face repository beside it"
+            )
+            config = _gguf_config(GGUFCheckpoint(path))
+            directory = directory if directory.is_dir() else directory.parent
         file = directory / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; expected a tokenizer there")
+            raise FileNotFoundError(f"{file}: no such file; {hint}")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise TokenizerError(f"{file}: not a tokenizer: {error}") from None
-        config = _read_config(directory / "tokenizer_config.json")
+        config |= _read_config(directory / "tokenizer_config.json")
         special = {
             name: token
             for name in _SPECIAL
@@ -148,6 +165,20 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TokenizerError(f"{file}: expected a JSON object")
     return config
+
+
+def _gguf_config(checkpoint: GGUFCheckpoint) -> dict[str, Any]:
+    """What a GGUF file says of that which tokenizer_config.json does."""
+    metadata = checkpoint.metadata
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    config: dict[str, Any] = {}
+    for name, key in _SPECIAL.items():
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokens):
+            config[name] = tokens[token]
+    template = metadata.get("tokenizer.chat_template")
+    return config | ({"chat_template": template} if template else {})
 
 
 def _token_text(value: Any) -> str | None:

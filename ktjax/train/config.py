@@ -35,7 +35,8 @@ class TrainConfig:
     """
 
     model: Annotated[
-        Path | None, Option("Hugging Face directory of the base model (default: demo)")
+        Path | None,
+        Option("Hugging Face directory or GGUF file of the base model (default: demo)"),
     ] = None
     train_data: Annotated[
         Path | None,
@@ -86,12 +87,13 @@ class TrainConfig:
         Option("dpo: how much a change of log-probabilities weighs", above=0),
     ] = 0.1
     experts: Annotated[
-        str,
+        str | None,
         Option(
             "storage format of the frozen expert weights: "
-            f"{', '.join(EXPERTS)}; auto = that of the checkpoint"
+            f"{', '.join(EXPERTS)}; auto = that of the checkpoint "
+            "(default: bf16, and of GGUF its own blocks)"
         ),
-    ] = "bf16"
+    ] = None
     group_size: Annotated[
         int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
     ] = None

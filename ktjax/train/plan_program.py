@@ -60,9 +60,7 @@ def compiled_bytes(model: ModelConfig, config: TrainConfig) -> int:
 
 def abstract(model: ModelConfig, config: TrainConfig) -> tuple[SplitModel, TrainState]:
     """The parts of a model and of the state that trains it, as shapes alone."""
-    encoding = Encoding.of(
-        config.experts, config.group_size, config.zero_point, where="plan"
-    )
+    encoding = _encoding(config)
     for depth in (model.hidden_size, model.moe_intermediate_size):
         encoding.check_depth(depth, where="plan: hidden or intermediate size")
     geometry = Geometry(
@@ -122,6 +120,12 @@ def skeleton(
     return decoder
 
 
+def _encoding(config: TrainConfig) -> Encoding:
+    """How the experts are stored."""
+    format = config.experts or "bf16"
+    return Encoding.of(format, config.group_size, config.zero_point, where="plan")
+
+
 def _linear_geometry(format: str, outputs: int, inputs: int) -> LinearGeometry:
     encoding = Encoding.of(format, where="plan")
     encoding.check_depth(inputs, where="plan: dense")
@@ -149,7 +153,7 @@ def linear_bytes(model: ModelConfig, config: TrainConfig) -> int:
         kinds.append(kind)
         return LinearStore(np.zeros(2, np.uint32), kind)
 
-    encoding = Encoding.of(config.experts, config.group_size, config.zero_point)
+    encoding = _encoding(config)
     sizes = (model.num_experts, model.hidden_size, model.moe_intermediate_size)
     nowhere = ExpertStore(np.zeros(2, np.uint32), Geometry(encoding.format, *sizes))
     skeleton(model, config, nowhere, note)
@@ -186,7 +190,7 @@ def random_store(
         wide,
         wide,
         tall,
-        format=config.experts,
+        format=_encoding(config).format,
         group_size=config.group_size,
         zero_point=config.zero_point,
     )

@@ -8,6 +8,7 @@
 #include "gemm/contract_avx512.h"
 #include "gemm/decode_avx512.h"
 #include "gemm/decode_blocks_avx512.h"
+#include "gemm/dot_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/int8_gemm.h"
 #include "gemm/int8_rows.h"

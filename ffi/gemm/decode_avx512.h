@@ -128,36 +128,42 @@ struct Avx512Decoder {
   [[gnu::always_inline]] static void DecodeStrip(const Row& row, const uint8_t* codes,
                                                  ptrdiff_t code_stride, bf16* dst,
                                                  ptrdiff_t stride) {
+    Pairs(row, codes, code_stride, [=](int pair, __m512i values) {
+      _mm512_storeu_si512(dst + pair * stride, values);
+    });
+  }
+
+  // Calls put(pair, values) for the 16 depth pairs of a strip of a block.
+  template <typename Put>
+  [[gnu::always_inline]] static void Pairs(const Row& row, const uint8_t* codes,
+                                           ptrdiff_t code_stride, Put put) {
+    constexpr int kPairs = kDepth / 2 / L::kLines;  // of a line
 #pragma GCC unroll 8
     for (int i = 0; i < L::kLines; ++i, codes += code_stride) {
+      const int pair = kPairs * i;
       if constexpr (L::kCode == Code::kE4M3) {
         const __m256i* src = reinterpret_cast<const __m256i*>(codes);
         const __m256i low = _mm256_loadu_si256(src), high = _mm256_loadu_si256(src + 1);
-        Store(dst,
-              E4M3Pair(row, _mm256_slli_epi16(low, 8), _mm256_slli_epi16(high, 8)));
-        Store(dst + stride, E4M3Pair(row, low, high));
-        dst += 2 * stride;
-      } else if constexpr (L::kCode == Code::kInt8) {
-        const __m512i lane = _mm512_loadu_si512(codes);
-        Store(dst, IntPair<0>(row, lane));
-        Store(dst + stride, IntPair<0>(row, _mm512_srli_epi32(lane, 16)));
-        dst += 2 * stride;
+        put(pair, E4M3Pair(row, _mm256_slli_epi16(low, 8), _mm256_slli_epi16(high, 8)));
+        put(pair + 1, E4M3Pair(row, low, high));
+        continue;
+      }
+      const __m512i lane = _mm512_loadu_si512(codes);
+      if constexpr (L::kCode == Code::kInt8) {
+        put(pair, IntPair<0>(row, lane));
+        put(pair + 1, IntPair<0>(row, _mm512_srli_epi32(lane, 16)));
       } else if constexpr (L::kCode == Code::kInt4) {
-        const __m512i lane = _mm512_loadu_si512(codes);
         const __m512i upper = _mm512_srli_epi32(lane, 16);
-        Store(dst, IntPair<0>(row, lane));
-        Store(dst + stride, IntPair<0>(row, upper));
-        Store(dst + 2 * stride, IntPair<4>(row, lane));
-        Store(dst + 3 * stride, IntPair<4>(row, upper));
-        dst += 4 * stride;
-      } else {
-        const __m512i lane = _mm512_loadu_si512(codes);
+        put(pair, IntPair<0>(row, lane));
+        put(pair + 1, IntPair<0>(row, upper));
+        put(pair + 2, IntPair<4>(row, lane));
+        put(pair + 3, IntPair<4>(row, upper));
+      } else if constexpr (L::kCode == Code::kE2M1) {
         const __m512i low = SpreadBytes<0>(lane), high = SpreadBytes<2>(lane);
-        Store(dst, E2M1Pair(row, low));
-        Store(dst + stride, E2M1Pair(row, high));
-        Store(dst + 2 * stride, E2M1Pair(row, _mm512_srli_epi16(low, 4)));
-        Store(dst + 3 * stride, E2M1Pair(row, _mm512_srli_epi16(high, 4)));
-        dst += 4 * stride;
+        put(pair, E2M1Pair(row, low));
+        put(pair + 1, E2M1Pair(row, high));
+        put(pair + 2, E2M1Pair(row, _mm512_srli_epi16(low, 4)));
+        put(pair + 3, E2M1Pair(row, _mm512_srli_epi16(high, 4)));
       }
     }
   }
@@ -166,7 +172,6 @@ struct Avx512Decoder {
   static __m512i LoadBytes(const uint8_t* src) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
   }
-  static void Store(bf16* dst, __m512i pairs) { _mm512_storeu_si512(dst, pairs); }
 
   // A pair whose codes begin at bits kBit and kBit + 8 of the lanes.
   template <int kBit>

@@ -18,6 +18,16 @@ template <Format kFormat>
 struct Avx512BlockDecoder {
   [[gnu::always_inline]] static void DecodeStrip(const QuantPanel& panel, int block,
                                                  int strip, bf16* dst) {
+    const ptrdiff_t stride = 2 * kStrip * panel.strips;
+    Pairs(panel, block, strip, [=](int pair, __m512i values) {
+      _mm512_storeu_si512(dst + pair * stride, values);
+    });
+  }
+
+  // Calls put(pair, values) for the 16 depth pairs of a strip of a block.
+  template <typename Put>
+  [[gnu::always_inline]] static void Pairs(const QuantPanel& panel, int block,
+                                           int strip, Put put) {
     const int64_t lanes = kStrip * panel.strips;
     Sub subs[kSubs];
     LoadSubs(panel, block, lanes, kStrip * strip, subs);
@@ -26,9 +36,8 @@ struct Avx512BlockDecoder {
 #pragma GCC unroll 8
     for (int i = 0; i < kBits; ++i)
       words[i] = _mm512_loadu_si512(codes + i * lanes * 4);
-    const ptrdiff_t stride = 2 * lanes;
-    DecodeQuads<0>(words, subs[0], dst, stride);
-    DecodeQuads<4>(words, subs[kSubs - 1], dst + 8 * stride, stride);
+    DecodeQuads<0>(words, subs[0], put);
+    DecodeQuads<4>(words, subs[kSubs - 1], put);
   }
 
  private:
@@ -80,22 +89,22 @@ struct Avx512BlockDecoder {
   }
 
   // Four quads from number kFirst on.
-  template <int kFirst>
+  template <int kFirst, typename Put>
   [[gnu::always_inline]] static void DecodeQuads(const __m512i* words, const Sub& sub,
-                                                 bf16* dst, ptrdiff_t stride) {
-    DecodeQuad<kFirst>(words, sub, dst, stride);
-    DecodeQuad<kFirst + 1>(words, sub, dst + 2 * stride, stride);
-    DecodeQuad<kFirst + 2>(words, sub, dst + 4 * stride, stride);
-    DecodeQuad<kFirst + 3>(words, sub, dst + 6 * stride, stride);
+                                                 Put& put) {
+    DecodeQuad<kFirst>(words, sub, put);
+    DecodeQuad<kFirst + 1>(words, sub, put);
+    DecodeQuad<kFirst + 2>(words, sub, put);
+    DecodeQuad<kFirst + 3>(words, sub, put);
   }
 
-  template <int kQuad>
+  template <int kQuad, typename Put>
   [[gnu::always_inline]] static void DecodeQuad(const __m512i* words, const Sub& sub,
-                                                bf16* dst, ptrdiff_t stride) {
+                                                Put& put) {
     const __m512i low = words[kQuad / kPerWord];
     constexpr int kShift = kLow * (kQuad % kPerWord);
     if constexpr (kBits == kLow) {
-      Store<kShift>(low, sub, dst, stride);
+      PutQuad<kQuad, kShift>(low, sub, put);
     } else {
       // The highest bits, moved on top of the others; what is above is masked later.
       constexpr int kHigh = kBits - kLow;
@@ -108,19 +117,16 @@ struct Avx512BlockDecoder {
           kAt < kLow ? _mm512_slli_epi32(high, kAt < kLow ? kLow - kAt : 0)
                      : _mm512_srli_epi32(high, kAt < kLow ? 0 : kAt - kLow),
           kSelect);
-      Store<0>(codes, sub, dst, stride);
+      PutQuad<kQuad, 0>(codes, sub, put);
     }
   }
 
   // A quad whose codes begin at bit kBit of the bytes.
-  template <int kBit>
-  [[gnu::always_inline]] static void Store(__m512i quad, const Sub& sub, bf16* dst,
-                                           ptrdiff_t stride) {
+  template <int kQuad, int kBit, typename Put>
+  [[gnu::always_inline]] static void PutQuad(__m512i quad, const Sub& sub, Put& put) {
     const __m512i upper = _mm512_srli_epi32(quad, 16);
-    _mm512_storeu_si512(dst,
-                        PairLanes(Value<kBit>(quad, sub), Value<kBit + 8>(quad, sub)));
-    _mm512_storeu_si512(
-        dst + stride, PairLanes(Value<kBit>(upper, sub), Value<kBit + 8>(upper, sub)));
+    put(2 * kQuad, PairLanes(Value<kBit>(quad, sub), Value<kBit + 8>(quad, sub)));
+    put(2 * kQuad + 1, PairLanes(Value<kBit>(upper, sub), Value<kBit + 8>(upper, sub)));
   }
 
   // What the code at bit kBit of the lanes stands for.

@@ -185,8 +185,8 @@ void DotRows(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int dep
 
 // Four outputs at a time have registers for four rows.
 template <typename L>
-void DotCodes(const bf16* a, ptrdiff_t a_stride, int rows, const QuantPanel& panel,
-              int depth, float* c, Prefetch* prefetch) {
+void DotNibbles(const bf16* a, ptrdiff_t a_stride, int rows, const QuantPanel& panel,
+                int depth, float* c, Prefetch* prefetch) {
   using Dot =
       void (*)(const bf16*, ptrdiff_t, const QuantPanel&, int, float*, Prefetch*);
   static constexpr Dot kDot[] = {DotRows<L, 1>, DotRows<L, 2>, DotRows<L, 3>,
@@ -278,23 +278,7 @@ void ContractCodes(const StripRows& a, int rows, const QuantPanel& panel,
   kContract[rows - 1](a, panel, first_pair, pairs, c, c_stride, prefetch);
 }
 
-// Entries of struct Kernels.
-
-inline bool Avx512DotCodes(const bf16* a, ptrdiff_t a_stride, int rows,
-                           const QuantPanel& panel, int depth, float* c,
-                           Prefetch* prefetch) {
-  // Smaller groups have more tables than a block of codes is worth.
-  constexpr int kLeastGroup = 64;
-  if (panel.group < kLeastGroup) return false;
-  if (panel.format != Format::kInt4 && panel.format != Format::kInt4KGroup)
-    return false;
-  (panel.zeros ? DotCodes<Layout<Code::kInt4, ScaleType::kFloat32, true>>
-               : DotCodes<Layout<Code::kInt4, ScaleType::kFloat32>>)(a, a_stride, rows,
-                                                                     panel, depth, c,
-                                                                     prefetch);
-  return true;
-}
-
+// The entry of struct Kernels.
 inline bool Avx512ContractCodes(const StripRows& a, int rows, const QuantPanel& panel,
                                 int first_pair, int pairs, float* c, ptrdiff_t c_stride,
                                 Prefetch* prefetch) {

@@ -1,0 +1,186 @@
+// Products of few rows with a panel of codes, in any format: what is decoded is
+// multiplied in registers and never stored.
+//
+// A strip at a time: its 16 outputs have sums of even and of odd depth pairs for every
+// row, so that a product need not wait for the one before it.
+// Everything is static: a file compiled with ISA flags must not share code with others.
+#ifndef KTJAX_FFI_GEMM_DOT_AVX512_H_
+#define KTJAX_FFI_GEMM_DOT_AVX512_H_
+
+#include "gemm/decode_avx512.h"
+#include "gemm/decode_blocks_avx512.h"
+#include "gemm/nibbles_avx512.h"
+
+namespace ktjax {
+namespace {
+
+// Rows of x times the pairs of a block, as they come.
+template <int kRows>
+struct PairDot {
+  const bf16* a;
+  ptrdiff_t a_stride;
+  __m512 (&sum)[kRows][2];
+
+  [[gnu::always_inline]] void operator()(int pair, __m512i values) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int bits;
+      __builtin_memcpy(&bits, a + r * a_stride + 2 * pair, sizeof bits);
+      sum[r][pair % 2] = _mm512_dpbf16_ps(
+          sum[r][pair % 2], (__m512bh)_mm512_set1_epi32(bits), (__m512bh)values);
+    }
+  }
+};
+
+// Calls add(block) for all blocks of 32 depths, fetching meanwhile: a strip has the
+// `strips`th part of what a pair stands for in a schedule.
+template <typename Add>
+[[gnu::always_inline]] inline void ForBlocks(int depth, int strips, Prefetch* prefetch,
+                                             Add add) {
+  const int last = depth / kDepth;
+  for (int block = 0; block < last;) {
+    PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2 / strips);
+    for (const int end = block + run.steps; block < end; ++block) {
+      for (int i = 0; i < run.lines_per_step; ++i, run.line += kCacheLine) {
+        _mm_prefetch(run.line, _MM_HINT_T1);
+      }
+      add(block);
+    }
+  }
+}
+
+template <int kRows, typename AddStrip>
+[[gnu::always_inline]] inline void DotStrips(int strips, float* c, AddStrip add_strip) {
+  for (int s = 0; s < strips; ++s) {
+    __m512 sum[kRows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    add_strip(s, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      _mm512_storeu_ps(c + r * kPanel + kStrip * s,
+                       _mm512_add_ps(sum[r][0], sum[r][1]));
+    }
+  }
+}
+
+// One strip of a block whose scales are out of the ordinary.
+template <typename L, int kRows>
+[[gnu::noinline]] void AddRareStrip(const QuantPanel& panel, int block, int strip,
+                                    const bf16* a, ptrdiff_t a_stride,
+                                    __m512 (&sum)[kRows][2]) {
+  alignas(64) bf16 values[kDepth * kPanel];
+  DecodeRareStrip<L>(panel, block * kDepth, strip, values);
+  const PairDot<kRows> dot{a, a_stride, sum};
+  const ptrdiff_t stride = 2 * kStrip * panel.strips;
+  for (int pair = 0; pair < kDepth / 2; ++pair) {
+    dot(pair, _mm512_loadu_si512(values + pair * stride + 2 * kStrip * strip));
+  }
+}
+
+template <typename L>
+struct DotPanel {
+  template <int kRows>
+  static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
+                  float* c, Prefetch* prefetch) {
+    const ptrdiff_t code_stride = 64 * panel.strips;
+    const int group_blocks = panel.group / kDepth;
+    DotStrips<kRows>(panel.strips, c, [&](int strip, __m512(&sum)[kRows][2]) {
+      const uint8_t* codes = panel.codes + 64 * strip;
+      typename Avx512Decoder<L>::Row row;
+      bool ordinary = false;
+      int row_end = 0;
+      ForBlocks(depth, panel.strips, prefetch, [&](int block) {
+        if (block == row_end) {
+          const int64_t group = block / group_blocks;
+          ordinary = Avx512Decoder<L>::LoadRow(
+              panel, (group * panel.strips + strip) * kStrip, row);
+          row_end += group_blocks;
+        }
+        const bf16* at = a + block * kDepth;
+        if (ordinary) [[likely]] {
+          Avx512Decoder<L>::Pairs(row, codes, code_stride,
+                                  PairDot<kRows>{at, a_stride, sum});
+        } else {
+          AddRareStrip<L, kRows>(panel, block, strip, at, a_stride, sum);
+        }
+        codes += L::kLines * code_stride;
+      });
+    });
+  }
+};
+
+template <Format kFormat>
+struct DotBlocks {
+  template <int kRows>
+  static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
+                  float* c, Prefetch* prefetch) {
+    DotStrips<kRows>(panel.strips, c, [&](int strip, __m512(&sum)[kRows][2]) {
+      ForBlocks(depth, panel.strips, prefetch, [&](int block) {
+        Avx512BlockDecoder<kFormat>::Pairs(
+            panel, block, strip, PairDot<kRows>{a + block * kDepth, a_stride, sum});
+      });
+    });
+  }
+};
+
+template <typename Dot>
+void DotAnyRows(const bf16* a, ptrdiff_t a_stride, int rows, const QuantPanel& panel,
+                int depth, float* c, Prefetch* prefetch) {
+  using Run =
+      void (*)(const bf16*, ptrdiff_t, const QuantPanel&, int, float*, Prefetch*);
+  static constexpr Run kRun[] = {Dot::template Run<1>, Dot::template Run<2>,
+                                 Dot::template Run<3>, Dot::template Run<4>,
+                                 Dot::template Run<5>, Dot::template Run<6>,
+                                 Dot::template Run<7>, Dot::template Run<8>};
+  static_assert(sizeof kRun / sizeof kRun[0] == kMaxContractRows);
+  kRun[rows - 1](a, a_stride, panel, depth, c, prefetch);
+}
+
+// The entry of struct Kernels.
+inline bool Avx512DotCodes(const bf16* a, ptrdiff_t a_stride, int rows,
+                           const QuantPanel& panel, int depth, float* c,
+                           Prefetch* prefetch) {
+  const auto dot = [&]<typename Dot>() {
+    DotAnyRows<Dot>(a, a_stride, rows, panel, depth, c, prefetch);
+    return true;
+  };
+  using enum ScaleType;
+  switch (panel.format) {
+    case Format::kBf16:
+      return false;
+    case Format::kInt8:
+      return dot.template operator()<DotPanel<Layout<Code::kInt8, kFloat32>>>();
+    case Format::kInt4:
+    case Format::kInt4KGroup: {
+      using Zeros = Layout<Code::kInt4, kFloat32, true>;
+      using Symmetric = Layout<Code::kInt4, kFloat32>;
+      // Smaller groups have more tables than a block of codes is worth.
+      constexpr int kLeastGroup = 64;
+      if (panel.group >= kLeastGroup) {
+        (panel.zeros ? DotNibbles<Zeros> : DotNibbles<Symmetric>)(a, a_stride, rows,
+                                                                  panel, depth, c,
+                                                                  prefetch);
+        return true;
+      }
+      return panel.zeros ? dot.template operator()<DotPanel<Zeros>>()
+                         : dot.template operator()<DotPanel<Symmetric>>();
+    }
+    case Format::kFp8Block:
+    case Format::kFp8Channel:
+      return dot.template operator()<DotPanel<Layout<Code::kE4M3, kFloat32>>>();
+    case Format::kRawInt4:
+      return dot.template operator()<DotPanel<Layout<Code::kInt4, ScaleType::kBf16>>>();
+    case Format::kMxFp4:
+      return dot.template operator()<DotPanel<Layout<Code::kE2M1, kE8M0>>>();
+    default:
+      return WithBlockFormat(panel.format, [&]<Format kFormat>() {
+        dot.template operator()<DotBlocks<kFormat>>();
+      });
+  }
+}
+
+}  // namespace
+}  // namespace ktjax
+
+#endif  // KTJAX_FFI_GEMM_DOT_AVX512_H_

@@ -114,8 +114,11 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
 
 
 def _folds(spec: Spec, in_batched: Any) -> bool:
-    """Whether a batch is just more tokens: nothing but theirs differs from one element
-    to the next, `in_batched` says, and no number of a slot matters, as to dropout."""
+    """Whether a batch is just more tokens.
+
+    That is where all else is the same for every element, as `in_batched` says of it,
+    and where slots may be numbered anew, which dropout does not allow.
+    """
     return not any(jax.tree.leaves(in_batched)) and not threshold(spec.dropout)
 
 

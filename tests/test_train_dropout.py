@@ -120,7 +120,7 @@ def test_evaluation_and_generation_drop_nothing(make, examples):
         model = make(rate)
         split = split_model(model)
         state = init_state(split, make_optimizer(config))
-        losses.append(Evaluator(model, split, examples[:4], config)(state))
+        losses.append(Evaluator(model, split.frozen, examples[:4], config)(state))
         answers.append(generate_batch(model, [[3, 4, 5]], 4))
         logits.append(model(jnp.arange(8)[None]))
     assert losses[0] == losses[1]

@@ -47,8 +47,9 @@ def encoding_of(
             "from their file, or make a store with ktjax.ExpertStore.from_arrays"
         )
     format = formats[0]
-    if "fp8_channel" in formats and np.ndim(gate.scales) == 2:
-        format = "fp8_channel"
+    if np.ndim(gate.scales) == 2:  # a scale for every row
+        by_row = (name for name in formats if not _has_groups(name))
+        format = next(by_row, format)
     elif "int4_kgroup" in formats and np.asarray(gate.scales).dtype == np.float32:
         format = "int4_kgroup"
     if FORMATS[format].group_sizes and group_size is None:
@@ -259,6 +260,10 @@ def _encode(
         [backend.native_bits(array) for array in plain.values()],
     )
     return Quantized(**plain)
+
+
+def _has_groups(format: str) -> bool:
+    return bool(FORMATS[format].group or FORMATS[format].group_sizes)
 
 
 def _widen(matrix: np.ndarray | Quantized) -> Quantized:

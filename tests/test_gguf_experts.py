@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import warnings
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from gguf_cases import BLOCKS, Tensor, random_blocks, tensor, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_support import make, reference, tokens
-from wrapper_support import arguments, assert_close
+from wrapper_support import arguments, assert_close, check_training
 
-import ktjax
 from ktjax import quant
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_load import make_store
@@ -211,28 +208,7 @@ def test_experts_on_an_accelerator(tmp_path):
 def test_training(tmp_path):
     path, values = write(tmp_path)
     wrapper = loaded(path, "GGUF_SFT")
-    wrapper.init_lora_weights(rngs=nnx.Rngs(0))
-    for name in ("gate", "up", "down"):
-        b = getattr(wrapper, f"{name}_lora_b")
-        b.set_value(0.05 * jax.random.normal(jax.random.key(1), b.shape))
-    x, ids, w = map(jnp.asarray, inputs())
-    y = wrapper.forward_sft(x, ids, w)
-
-    def function(x, w, lora):
-        x = x.astype(jnp.float32)
-        base = map(jnp.asarray, values)
-        scaling = wrapper.lora_scaling
-        return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
-
-    want, pullback = jax.vjp(function, x, w, wrapper.lora)
-    assert_close(y, want)
-    grad_y = jax.random.normal(jax.random.key(2), y.shape, jnp.bfloat16)
-    grad_x, grad_w, grad_lora = pullback(grad_y.astype(jnp.float32))
-    got_x, got_lora = wrapper.backward(grad_y)
-    assert_close(got_x, grad_x)
-    assert_close(wrapper.grad_weights, grad_w)
-    for got, value in zip(got_lora.values(), grad_lora.arrays(), strict=True):
-        assert_close(got, value)
+    check_training(wrapper, *inputs(), values)
 
 
 def test_a_method_of_another_format_quantises_again(tmp_path):

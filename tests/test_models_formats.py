@@ -130,7 +130,7 @@ def test_bad_arguments():
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq"}, "supported values of quant_method: fp8, compressed"),
+        ({"quant_method": "hqq"}, "supported values of quant_method: fp8, compressed"),
         ("int4", "quantization_config = 'int4' is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [64, 64]},

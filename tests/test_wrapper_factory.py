@@ -60,6 +60,7 @@ def test_method_sets():
         "BF16",
         "FP8",
         "FP8_PERCHANNEL",
+        "GPTQ_INT4",
         "LLAMAFILE",
         "MOE_INT4",
         "MOE_INT8",
@@ -87,8 +88,8 @@ def test_method_must_belong_to_the_mode():
     with refuses(
         ValueError,
         "Method 'AMXBF16_SFT' is not supported in inference mode. Supported methods: "
-        "['AMXINT4', 'AMXINT8', 'BF16', 'FP8', 'FP8_PERCHANNEL', 'LLAMAFILE', "
-        "'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
+        "['AMXINT4', 'AMXINT8', 'BF16', 'FP8', 'FP8_PERCHANNEL', "
+        "'GPTQ_INT4', 'LLAMAFILE', 'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
     ):
         KTMoEWrapper(**arguments(mode="inference"))
     with refuses(

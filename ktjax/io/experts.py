@@ -11,7 +11,6 @@ import numpy as np
 
 from ktjax.io.adapters.names import stored_target_of
 from ktjax.io.converted import has_converted, read_converted
-from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.io.stored import has_matrix, read_matrix, stored_encoding
 from ktjax.quant import Encoding, Quantized, decode
@@ -137,12 +136,6 @@ def read_experts(
         return converted if physical_to_logical_map is None else converted.take(order)
     for folder, names in _PER_EXPERT:
         first = f"{at}.{folder}.0"
-        if f"{first}.{names[0]}.qweight" in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.path}: {first}.{names[0]}.qweight: the layouts of GPTQ "
-                "and AWQ are not read; convert the checkpoint to BF16 or "
-                "compressed-tensors"
-            )
         if has_matrix(checkpoint, f"{first}.{names[0]}"):
             encoding = stored_encoding(checkpoint, [f"{first}.{n}" for n in names])
             gate, up, down = (
@@ -154,8 +147,8 @@ def read_experts(
         if f"{at}.{_FUSED}.gate_up_proj" not in checkpoint:
             raise KeyError(
                 f"{checkpoint.path}: layer {layer_idx} has no routed experts: expected "
-                f"{at}.mlp.experts.0.gate_proj.weight (or .weight_packed), "
-                f"{at}.block_sparse_moe.experts.0.w1.weight "
+                f"{at}.mlp.experts.0.gate_proj.weight (or .weight_packed, "
+                f".qweight), {at}.block_sparse_moe.experts.0.w1.weight "
                 f"or {at}.{_FUSED}.gate_up_proj"
             )
         encoding = Encoding.of("bf16")

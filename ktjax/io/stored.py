@@ -10,6 +10,7 @@ Beside `.weight` in float32 or bfloat16 these layouts are read as they are:
 | rawint4 (Kimi-K2), int4_kgroup, int4 (all of compressed-tensors) | `.weight_packed`
   int32 `[out, in/8]`, `.weight_scale [out, groups]`, `.weight_shape [2]` |
 | mxfp4 | `.weight_packed` uint8 `[out, in/2]`, `.weight_scale` uint8 `[out, in/32]` |
+| int4_kgroup, int4 (GPTQ, AWQ) | `.qweight`, `.qzeros`, `.scales`: `ktjax.io.gptq` |
 
 Scales in float32, bfloat16 and float16 are kept exactly.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ktjax.io.gptq import is_packed, packed_encoding, read_packed
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.quant import FORMATS, Encoding, Quantized, decode
@@ -36,7 +38,8 @@ _UNREAD = ("weight_zero_point", "weight_global_scale", "weight_g_idx")
 
 def has_matrix(checkpoint: Checkpoint, at: str) -> bool:
     """Whether there is a matrix named `at`, quantised or not."""
-    return f"{at}.weight" in checkpoint or f"{at}.weight_packed" in checkpoint
+    names = (f"{at}.{name}" for name in ("weight", "weight_packed", "qweight"))
+    return any(name in checkpoint for name in names)
 
 
 def stored_encoding(checkpoint: Checkpoint, matrices: Sequence[str]) -> Encoding:
@@ -57,6 +60,8 @@ def stored_encoding(checkpoint: Checkpoint, matrices: Sequence[str]) -> Encoding
             f"layer, got {kinds}"
         )
     kind = kinds[matrices[0]]
+    if kind == "gptq":
+        return packed_encoding(checkpoint, matrices)
     if kind == "packed":
         return _packed_encoding(checkpoint, matrices)
     return Encoding.of(kind)
@@ -73,12 +78,14 @@ def read_matrix(
       encoding: its format, from `stored_encoding`.
 
     Returns:
-      The weights; or values and scales in the plain layout of `encoding`.
+      The weights; or values, scales and zero points in the plain layout of `encoding`.
 
     Raises:
       CheckpointError: a wrong dtype, or shapes that contradict each other.
       KeyError: a tensor is missing.
     """
+    if is_packed(checkpoint, at):
+        return read_packed(checkpoint, at, encoding)
     packed = FORMATS[encoding.format].bits == 4
     key = f"{at}.weight_packed" if packed else f"{at}.weight"
     values = checkpoint[key]
@@ -116,7 +123,9 @@ def read_dense(checkpoint: Checkpoint, at: str) -> Array:
 
 
 def _kind(checkpoint: Checkpoint, at: str) -> str:
-    """The name of the format; "packed" for compressed-tensors' INT4."""
+    """The name of the format; "gptq" or "packed" for INT4, by who packed it."""
+    if is_packed(checkpoint, at):
+        return "gptq"
     for name in _UNREAD:
         if f"{at}.{name}" in checkpoint:
             raise CheckpointError(

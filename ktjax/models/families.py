@@ -18,7 +18,7 @@ from ktjax.quant.formats import BLOCK
 
 Parts = dict[str, Any]
 
-QUANTIZATION_METHODS = ("fp8", "compressed-tensors")
+QUANTIZATION_METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
 
 
 def read_config(raw: Mapping[str, Any]) -> Parts:

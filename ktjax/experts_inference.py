@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
     "FP8": Method(("fp8_block", "fp8_channel"), "bf16"),
     "FP8_PERCHANNEL": Method(("fp8_channel",), "bf16"),
     "MXFP4": Method(("mxfp4",), "bf16"),
+    "MXFP8": Method(("mxfp8",), "bf16"),
     "BF16": Method(("bf16",), "bf16"),
     # What a GGUF file has, as it has it.
     "LLAMAFILE": Method(("bf16", *BLOCK_FORMATS), "bf16"),

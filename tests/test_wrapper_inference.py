@@ -42,6 +42,7 @@ EXPECTED = {
     "FP8": (Encoding.of("fp8_block"), "bf16"),
     "FP8_PERCHANNEL": (Encoding.of("fp8_channel"), "bf16"),
     "MXFP4": (Encoding.of("mxfp4"), "bf16"),
+    "MXFP8": (Encoding.of("mxfp8"), "bf16"),
     "BF16": (Encoding.of("bf16"), "bf16"),
     "LLAMAFILE": (Encoding.of("bf16"), "bf16"),
 }
@@ -428,6 +429,7 @@ def test_arrays_are_checked():
         ("FP8", Encoding.of("fp8_channel")),
         ("FP8_PERCHANNEL", Encoding.of("fp8_channel")),
         ("MXFP4", Encoding.of("mxfp4")),
+        ("MXFP8", Encoding.of("mxfp8")),
     ],
 )
 def test_quantised_arrays_and_their_order(method, encoding):

@@ -135,6 +135,9 @@ void Decode(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
     case Format::kMxFp4:
       return DecodePanel<Layout<Code::kE2M1, kE8M0>, Decoder>(panel, first_pair, pairs,
                                                               dst, prefetch);
+    case Format::kMxFp8:
+      return DecodePanel<Layout<Code::kE4M3, kE8M0>, Decoder>(panel, first_pair, pairs,
+                                                              dst, prefetch);
     default:
       WithBlockFormat(panel.format, [&]<Format kFormat>() {
         DecodeBlocks<kFormat, BlockDecoder>(panel, first_pair, pairs, dst, prefetch);

@@ -21,7 +21,7 @@ namespace ktjax {
 inline std::vector<Encoding> AllEncodings() {
   std::vector<Encoding> all;
   for (const char* name :
-       {"int8", "int4", "fp8_block", "fp8_channel", "rawint4", "mxfp4"}) {
+       {"int8", "int4", "fp8_block", "fp8_channel", "rawint4", "mxfp4", "mxfp8"}) {
     all.push_back(MakeEncoding(name, 0, false));
   }
   for (const int group : {32, 64, 128}) {

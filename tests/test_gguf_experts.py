@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_cases import BLOCKS, Tensor, random_blocks, tensor, write_gguf
+from gguf_cases import BLOCKS, Tensor, tensor, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_support import make, reference, tokens
 from wrapper_support import arguments, assert_close, check_training
 
+from benchmarks.blocks import random_blocks
 from ktjax import quant
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_load import make_store

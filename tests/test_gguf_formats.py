@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ISAS
-from gguf_cases import BLOCKS, halves, random_blocks, with_halves
+from gguf_cases import BLOCKS, halves
 from moe_cases import (
     Case,
     assert_close,
@@ -20,6 +20,7 @@ from moe_cases import (
 )
 
 import ktjax
+from benchmarks.blocks import random_blocks, with_halves
 from ktjax import quant
 from ktjax.quant import FORMATS, Quantized
 

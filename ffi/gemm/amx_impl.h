@@ -40,7 +40,7 @@ constexpr int kStepsAhead = 2;
 enum FetchOperands { kFetchNone = 0, kFetchA = 1, kFetchB = 2, kFetchBoth = 3 };
 
 constexpr int kPairsPerStep = kDepth / 2;
-constexpr int kPrefetchLines = 4;  // Prefetch::lines_per_pair is at most this
+constexpr int kPrefetchLines = Prefetch::kMaxPerPair;
 constexpr ptrdiff_t kRowBytes = sizeof(float) * kPanel;
 
 // The rows that the tiles are configured for, first row tile * 32 + second; 0: none.
@@ -224,8 +224,9 @@ class AmxGemm {
     // Terms that skip strips are short (LoRA): prefetching is left to the others.
     constexpr bool kDense = (kMask & (kMask + 1)) == 0;
     while (count > 0) {
-      const PrefetchRun run = kDense ? NextRun(prefetch, count, kPairsPerStep)
-                                     : PrefetchRun{.steps = count};
+      const PrefetchRun run =
+          kDense ? NextRun(prefetch, count, kPairsPerStep, kPairsPerStep)
+                 : PrefetchRun{.steps = count};
       // One row tile is a group that reads all for the first time.
       if constexpr (kRowTiles == 1) {
         ByLines<1, kMask, kFetchBoth>(operands, run);

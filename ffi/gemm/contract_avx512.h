@@ -43,7 +43,7 @@ void ContractRows(const StripRows& a, const bf16* panel, int strips, int pairs,
   const ptrdiff_t stride = 2 * kStrip * strips;
   constexpr int kPairs = 8;  // one vector of depths
   for (int pair = 0; pair < pairs;) {
-    PrefetchRun run = NextRun(prefetch, (pairs - pair) / kPairs, kPairs);
+    PrefetchRun run = NextRun(prefetch, (pairs - pair) / kPairs, kPairs, strips);
     for (int step = 0; step < run.steps; ++step, pair += kPairs) {
       const int lines = run.lines_per_step / strips;
       __m512 sum[kRows];

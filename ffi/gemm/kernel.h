@@ -42,27 +42,49 @@ struct Term {
 // Cache lines to fetch while the product runs: `chunks` runs of `chunk_bytes`, `stride`
 // bytes apart. The kernel issues at most a few prefetches per depth pair and advances
 // `position` (bytes issued so far), so that consecutive calls share one schedule.
+// Memory is busy only as long as lines are asked for: a rate that fits lasts as long as
+// the product, and one twice as high leaves memory idle in its second half.
 struct Prefetch {
   const char* base = nullptr;
   ptrdiff_t stride = 0;
   int64_t chunk_bytes = 0;  // a multiple of 2048
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
-  int lines_per_pair = 1;  // cache lines to fetch per depth pair, 1..4
-  // Contiguous bytes to fetch after all that.
-  const char* more = nullptr;
-  int64_t more_bytes = 0;
+  int rate = kPerPair;  // sixteenths of a cache line per depth pair
+  // Contiguous bytes to fetch after all that, the last ones first.
+  struct Region {
+    const char* base;
+    int64_t bytes;
+  };
+  Region more[2];
+  int more_count = 0;
 
+  static constexpr int kPerPair = 16;    // a line per pair
+  static constexpr int kMaxPerPair = 4;  // lines
+
+  void Add(const void* data, int64_t bytes) {
+    more[more_count++] = {static_cast<const char*>(data), bytes};
+  }
+  [[gnu::always_inline]] int64_t Lines() const {
+    int64_t bytes = total_bytes;
+    for (int i = 0; i < more_count; ++i) bytes += more[i].bytes;
+    return CeilDiv(bytes, 64);
+  }
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are
-  // to hide behind, the more lines per pair.
+  // to hide behind, the more lines per pair. Codes of one line a pair have scales
+  // beside: up to a thirty-second more is no reason for a higher rate.
   [[gnu::always_inline]] void Spread(int64_t pairs) {
-    const int64_t lines = CeilDiv(total_bytes + more_bytes, 64 * pairs);
-    lines_per_pair = static_cast<int>(lines < 1 ? 1 : lines > 4 ? 4 : lines);
+    const int64_t lines = Lines();
+    const int64_t needed = CeilDiv((lines - lines / 32) * kPerPair, pairs);
+    constexpr int64_t kMost = kMaxPerPair * kPerPair;
+    rate = static_cast<int>(needed < kPerPair ? kPerPair
+                            : needed > kMost  ? kMost
+                                              : needed);
   }
   // Whether it is time to begin, with so many depth pairs to come after the next call:
   // what is fetched too early pushes out of L2 what is in use.
   bool Due(int64_t pairs) const {
-    return base && (position || 2 * pairs <= 3 * CeilDiv(total_bytes + more_bytes, 64));
+    return base && (position || 2 * pairs <= 3 * Lines());
   }
 };
 
@@ -235,8 +257,8 @@ struct Kernels {
   // first_pair + pairs), multiples of 16, into a panel of these depths: dst[pair -
   // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements. Not for
   // Format::kBf16. `prefetch` may be null. In a panel of four strips a pair has one
-  // cache line of codes of 4 bits, two of 8 bits: that many lines_per_pair fetch a
-  // panel like this one.
+  // cache line of codes of 4 bits, two of 8 bits: a prefetch of that many lines per
+  // pair fetches a panel like this one.
   void (*decode)(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
                  Prefetch* prefetch);
 

@@ -212,7 +212,7 @@ void ContractCodeRows(const StripRows& a, const QuantPanel& panel, int first_pai
   ValueTable tables[kPanelStrips][kPairs];
   int group_end = 2 * first_pair;
   for (int pair = 0; pair < pairs;) {
-    PrefetchRun run = NextRun(prefetch, (pairs - pair) / kPairs, kPairs);
+    PrefetchRun run = NextRun(prefetch, (pairs - pair) / kPairs, kPairs, strips);
     for (int step = 0; step < run.steps; ++step, pair += kPairs) {
       if (const int depth = 2 * (first_pair + pair); depth >= group_end) {
         const int group = depth / panel.group;

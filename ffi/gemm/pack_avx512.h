@@ -99,9 +99,19 @@ inline void Transpose16x16(__m512i r[16]) {
 template <typename T, Part kPart = Part::kHigh>
 void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
                        ptrdiff_t dst_stride) {
+  // Sixteen rows are too many streams to be foreseen.
+  constexpr int kAhead = 8 * kDepth;
   for (int strip = 0; strip < strips; ++strip) {
     const int first = strip * kStrip;
     for (int d = 0; d < depth; d += kDepth) {
+      if (d + kAhead < depth) {
+        for (int i = first; i < outputs && i < first + kStrip; ++i) {
+          const char* line = reinterpret_cast<const char*>(src.row(i) + d + kAhead);
+          for (size_t byte = 0; byte < kDepth * sizeof(T); byte += 64) {
+            _mm_prefetch(line + byte, _MM_HINT_T1);
+          }
+        }
+      }
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {

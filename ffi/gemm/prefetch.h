@@ -20,17 +20,19 @@ struct PrefetchRun {
 };
 
 // The run for at most `steps` steps of `pairs` depth pairs each. It ends where a chunk
-// ends, so callers ask again until their steps are done.
-inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs) {
+// ends, so callers ask again until their steps are done. Lines per step are a multiple
+// of `shares`, for kernels that fetch in so many equal shares.
+inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1) {
   if (!prefetch) return {.steps = steps};
   if (prefetch->position >= prefetch->total_bytes) {
-    if (prefetch->more_bytes == 0) return {.steps = steps};
-    prefetch->base = prefetch->more;
-    prefetch->stride = 0;
-    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more_bytes;
-    prefetch->position = prefetch->more_bytes = 0;
+    if (prefetch->more_count == 0) return {.steps = steps};
+    const Prefetch::Region& region = prefetch->more[--prefetch->more_count];
+    prefetch->base = region.base;
+    prefetch->chunk_bytes = prefetch->total_bytes = region.bytes;
+    prefetch->position = prefetch->stride = 0;
   }
-  const int lines = pairs * prefetch->lines_per_pair;
+  const int lines = static_cast<int>(
+      shares * CeilDiv(pairs * prefetch->rate, Prefetch::kPerPair * shares));
   const int64_t chunk = prefetch->position / prefetch->chunk_bytes;
   const int64_t offset = prefetch->position % prefetch->chunk_bytes;
   const int64_t left = prefetch->chunk_bytes - offset;

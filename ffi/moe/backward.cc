@@ -121,9 +121,13 @@ class BackwardPass : LoRAGradPass {
     }
 
     const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
-    counters().ForEach(
-        CounterOf(counter + kHiddenGrad, s), tasks.size(),
-        [&](int64_t i) { HiddenGrad(s, group, tasks[i], values, scratch); });
+    counters().ForEachAhead(
+        CounterOf(counter + kHiddenGrad, s), tasks.size(), [&](int64_t i, auto next) {
+          HiddenGrad(s, group, tasks[i], values, scratch, [&]() -> const BlockTask* {
+            const int64_t ahead = next();
+            return ahead < 0 ? nullptr : &tasks[ahead];
+          });
+        });
     if (!Wait(worker, scratch)) return false;
     watch.Lap("grad h, SwiGLU");
 
@@ -155,14 +159,16 @@ class BackwardPass : LoRAGradPass {
   }
 
   // dots, dg, du and h of a block, 64 columns at a time.
+  template <typename NextTask>
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
-                  const Activations& values, const Scratch& scratch) {
+                  const Activations& values, const Scratch& scratch,
+                  NextTask next_task) {
     const RowBlock& block = task.rows;
     const int begin = task.first_panel * kPanel;
     const int end = std::min(task.last_panel * kPanel, shard(s).width);
     const bool contract = Contracts(block.count);
     GatherRows(grad_y_, block, scratch);
-    if (contract) ContractDown(s, block, begin, end, scratch);
+    if (contract) ContractDown(s, block, begin, end, scratch, next_task);
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
       Terms lora;
@@ -221,19 +227,21 @@ class BackwardPass : LoRAGradPass {
 
   // scratch.sums = 0, then += `rows` of a (its low parts as well) times depth pairs
   // [first_pair, first_pair + pairs) of `panels` panels; panel(p) names them and their
-  // strips, operand(p, part) what they are multiplied with. `next` comes after.
-  template <typename Panel, typename Operand>
+  // strips, operand(p, part) what they are multiplied with. next() is what to fetch
+  // during the last one.
+  template <typename Panel, typename Operand, typename Next>
   void Contract(int panels, int rows, int first_pair, int pairs, Panel panel,
-                Operand operand, const BasePanel* next, const Scratch& scratch) const {
+                Operand operand, Next next, const Scratch& scratch) const {
     const ptrdiff_t stride = SumsStride(2 * pairs);
     std::fill_n(scratch.sums, rows * stride, 0.0f);
     for (int p = 0; p < panels; ++p) {
       const auto [base, strips] = panel(p);
       Prefetch prefetch;
-      if (p + 1 < panels || next) {
-        const auto [following, width] =
-            p + 1 < panels ? panel(p + 1) : std::pair(*next, strips);
+      if (p + 1 < panels) {
+        const auto [following, width] = panel(p + 1);
         prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
+      } else {
+        prefetch = next();
       }
       if (!base.values && ContractCodes(base, operand, p, rows, first_pair, pairs,
                                         stride, prefetch, scratch)) {
@@ -274,8 +282,9 @@ class BackwardPass : LoRAGradPass {
   }
 
   // The columns [begin, end) of gy Wd.
+  template <typename NextTask>
   void ContractDown(int s, const RowBlock& block, int begin, int end,
-                    const Scratch& scratch) const {
+                    const Scratch& scratch, NextTask next_task) const {
     const auto panel = [&](int p) {
       return std::pair(store_.Down(s, block.expert, p), store_.DownStrips(p));
     };
@@ -288,8 +297,16 @@ class BackwardPass : LoRAGradPass {
       }
       return rows;
     };
+    const auto next = [&]() -> Prefetch {
+      const BlockTask* task = next_task();
+      if (!task) return {};
+      const int columns = std::min(task->last_panel * kPanel, shard(s).width) -
+                          task->first_panel * kPanel;
+      return FetchPairs(store_.Down(s, task->rows.expert, 0), store_.DownStrips(0),
+                        task->first_panel * kPanel / 2, columns / 2, 1, 0);
+    };
     Contract(DownPanels(), block.count, begin / 2, (end - begin) / 2, panel, operand,
-             nullptr, scratch);
+             next, scratch);
   }
 
   // The columns [begin, end) of dg Wg + du Wu. `next_expert` comes after.
@@ -306,10 +323,13 @@ class BackwardPass : LoRAGradPass {
                         up.high + low + kStrip},
                        gate.stride};
     };
-    BasePanel next{};
-    if (next_expert >= 0) next = store_.GateUp(s, next_expert, 0);
+    const auto next = [&]() -> Prefetch {
+      if (next_expert < 0) return {};
+      return FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips, begin / 2,
+                        (end - begin) / 2, 1, 0);
+    };
     Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
-             operand, next_expert >= 0 ? &next : nullptr, scratch);
+             operand, next, scratch);
   }
 
   // Like Multiply, on top of the columns [column, column + 16 strips) of scratch.sums.

@@ -232,15 +232,19 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     if (!Wait(worker, scratch)) return false;
     watch.Lap("x A");
   }
-  counters().ForEach(CounterOf(counter + kGateUp, s), tasks.size(), [&](int64_t i) {
-    GatherRows(inputs_.x, tasks[i].rows, scratch);
-    if (int8()) {
-      kernels_.quantize_rows(scratch.rows, tasks[i].rows.count,
-                             geometry_.hidden_padded(), scratch.codes);
-    }
-    if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
-    GateUp(s, group, tasks[i], out, scratch);
-  });
+  counters().ForEachAhead(
+      CounterOf(counter + kGateUp, s), tasks.size(), [&](int64_t i, auto next) {
+        GatherRows(inputs_.x, tasks[i].rows, scratch);
+        if (int8()) {
+          kernels_.quantize_rows(scratch.rows, tasks[i].rows.count,
+                                 geometry_.hidden_padded(), scratch.codes);
+        }
+        if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
+        GateUp(s, group, tasks[i], out, scratch, [&]() -> const BlockTask* {
+          const int64_t ahead = next();
+          return ahead < 0 ? nullptr : &tasks[ahead];
+        });
+      });
   if (!Wait(worker, scratch)) return false;
   watch.Lap("gate, up, SwiGLU");
 
@@ -276,8 +280,10 @@ void Pass::LowRankOfInput(const Group& group, const RowBlock& block,
           factors, out.low_rank, false, scratch);
 }
 
+template <typename NextTask>
 void Pass::GateUp(int s, const Group& group, const BlockTask& task,
-                  const Activations& out, const Scratch& scratch) const {
+                  const Activations& out, const Scratch& scratch,
+                  NextTask next_task) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
@@ -301,10 +307,17 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                          lora_panel, LowRankDepth(), which, 2);
       }
     }
+    BasePanel following;
+    bool follows = panel + 1 < task.last_panel;
+    if (follows) {
+      following = store_.GateUp(s, expert, panel + 1);
+    } else if (const BlockTask* next = next_task()) {
+      following = store_.GateUp(s, next->rows.expert, next->first_panel);
+      follows = true;
+    }
     Prefetch prefetch;
-    if (panel + 1 < task.last_panel) {
-      prefetch = FetchPanel(store_.GateUp(s, expert, panel + 1), kPanelStrips,
-                            geometry_.hidden_padded());
+    if (follows) {
+      prefetch = FetchPanel(following, kPanelStrips, geometry_.hidden_padded());
     }
     const auto touch = [&](int row) {
       FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);

@@ -93,9 +93,8 @@ class Pass : protected Products {
   void FetchHidden(int s, const Group& group, const RowBlock& rows,
                    Prefetch& prefetch) const {
     const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
-    prefetch.more = reinterpret_cast<const char*>(hidden.high);
-    prefetch.more_bytes =
-        static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
+    prefetch.Add(hidden.high,
+                 static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16));
   }
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
@@ -119,8 +118,11 @@ class Pass : protected Products {
   // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
   void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
                       const Scratch& scratch) const;
+  // Calls next_task() for the task that comes after, or null, when there is time left
+  // to fetch what it begins with.
+  template <typename NextTask>
   void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
-              const Scratch& scratch) const;
+              const Scratch& scratch, NextTask next_task) const;
   // Rows of h, quantised.
   Int8Rows HiddenCodes(int s, const Group& group, int row) const {
     return From(hidden_codes_[s], row - group.first_row);

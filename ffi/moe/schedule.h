@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -90,6 +91,21 @@ class Counters {
   template <typename F>
   void ForEach(int counter, int64_t tasks, F f) {
     for (int64_t i; (i = counters_[counter].Claim()) < tasks;) f(i);
+  }
+  // Calls f(i, next) for them. Near the end of a task, next() takes this worker's next
+  // one, for its first operands to be fetched meanwhile; -1 where there is none. Too
+  // early a call takes work from those who have none.
+  template <typename F>
+  void ForEachAhead(int counter, int64_t tasks, F f) {
+    const auto claim = [&] {
+      const int64_t i = counters_[counter].Claim();
+      return i < tasks ? i : -1;
+    };
+    for (int64_t i = claim(); i >= 0;) {
+      std::optional<int64_t> ahead;
+      f(i, [&] { return *(ahead = claim()); });
+      i = ahead ? *ahead : claim();
+    }
   }
 
  private:

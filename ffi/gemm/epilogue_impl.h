@@ -229,8 +229,19 @@ void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t strid
     const int count = rows - r < kStrip ? rows - r : kStrip;
     for (int n = 0; n < columns; n += kStrip) {
       const int width = columns - n < kStrip ? columns - n : kStrip;
-      F32x16 block[kStrip] = {};
-      for (int i = 0; i < count; ++i) Load(c + (r + i) * kPanel + n, block[i]);
+      F32x16 block[kStrip];
+      if (count == kStrip && width == kStrip) {  // without a test per row
+#pragma GCC unroll 16
+        for (int i = 0; i < kStrip; ++i) Load(c + (r + i) * kPanel + n, block[i]);
+        Transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kStrip; ++i) Store(block[i], dst + (n + i) * stride + r);
+        continue;
+      }
+      for (int i = 0; i < kStrip; ++i) {
+        block[i] = F32x16{};
+        if (i < count) Load(c + (r + i) * kPanel + n, block[i]);
+      }
       Transpose(block);
       for (int i = 0; i < width; ++i) {
         StoreSome(block[i], count, dst + (n + i) * stride + r);

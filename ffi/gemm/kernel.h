@@ -51,23 +51,27 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
-  // Contiguous bytes to fetch after all that, the last ones first.
+  // More such runs to fetch after all that, the last ones first.
   struct Region {
     const char* base;
-    int64_t bytes;
+    ptrdiff_t stride;
+    int64_t chunk_bytes;
+    int64_t total_bytes;
   };
-  Region more[2];
+  static constexpr int kMaxMore = 3;
+  Region more[kMaxMore];
   int more_count = 0;
 
   static constexpr int kPerPair = 16;    // a line per pair
   static constexpr int kMaxPerPair = 4;  // lines
 
-  void Add(const void* data, int64_t bytes) {
-    more[more_count++] = {static_cast<const char*>(data), bytes};
+  void Add(const void* data, ptrdiff_t chunk_stride, int64_t bytes, int chunks) {
+    more[more_count++] = {static_cast<const char*>(data), chunk_stride, bytes,
+                          chunks * bytes};
   }
   [[gnu::always_inline]] int64_t Lines() const {
     int64_t bytes = total_bytes;
-    for (int i = 0; i < more_count; ++i) bytes += more[i].bytes;
+    for (int i = 0; i < more_count; ++i) bytes += more[i].total_bytes;
     return CeilDiv(bytes, 64);
   }
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are

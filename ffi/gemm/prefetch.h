@@ -28,8 +28,10 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
     if (prefetch->more_count == 0) return {.steps = steps};
     const Prefetch::Region& region = prefetch->more[--prefetch->more_count];
     prefetch->base = region.base;
-    prefetch->chunk_bytes = prefetch->total_bytes = region.bytes;
-    prefetch->position = prefetch->stride = 0;
+    prefetch->stride = region.stride;
+    prefetch->chunk_bytes = region.chunk_bytes;
+    prefetch->total_bytes = region.total_bytes;
+    prefetch->position = 0;
   }
   const int lines = static_cast<int>(
       shares * CeilDiv(pairs * prefetch->rate, Prefetch::kPerPair * shares));

@@ -302,8 +302,14 @@ class BackwardPass : LoRAGradPass {
       if (!task) return {};
       const int columns = std::min(task->last_panel * kPanel, shard(s).width) -
                           task->first_panel * kPanel;
-      return FetchPairs(store_.Down(s, task->rows.expert, 0), store_.DownStrips(0),
-                        task->first_panel * kPanel / 2, columns / 2, 1, 0);
+      const int expert = task->rows.expert, first = task->first_panel * kPanel;
+      Prefetch prefetch = FetchPairs(store_.Down(s, expert, 0), store_.DownStrips(0),
+                                     first / 2, columns / 2, 1, 0);
+      if (rank()) {
+        FetchAdapter(kDownA, expert, 0, rank(), shard(s).begin + first,
+                     std::min(columns, Slice(s) - first), prefetch);
+      }
+      return prefetch;
     };
     Contract(DownPanels(), block.count, begin / 2, (end - begin) / 2, panel, operand,
              next, scratch);
@@ -325,8 +331,15 @@ class BackwardPass : LoRAGradPass {
     };
     const auto next = [&]() -> Prefetch {
       if (next_expert < 0) return {};
-      return FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips, begin / 2,
-                        (end - begin) / 2, 1, 0);
+      Prefetch prefetch = FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips,
+                                     begin / 2, (end - begin) / 2, 1, 0);
+      if (rank() && s == 0) {
+        for (const LoRAArray a : {kGateA, kUpA}) {
+          FetchAdapter(a, next_expert, 0, rank(), begin,
+                       std::min(end, geometry_.hidden) - begin, prefetch);
+        }
+      }
+      return prefetch;
     };
     Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
              operand, next, scratch);

@@ -286,6 +286,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                   NextTask next_task) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
+  const BlockTask* next = nullptr;
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
     const int column = panel * kDepth;
     BaseProduct product{scratch.rows,
@@ -307,17 +308,20 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                          lora_panel, LowRankDepth(), which, 2);
       }
     }
-    BasePanel following;
-    bool follows = panel + 1 < task.last_panel;
-    if (follows) {
-      following = store_.GateUp(s, expert, panel + 1);
-    } else if (const BlockTask* next = next_task()) {
-      following = store_.GateUp(s, next->rows.expert, next->first_panel);
-      follows = true;
-    }
+    // The next task begins with x Aᵀ, so its adapters come first.
+    if (panel == std::max(task.last_panel - 2, task.first_panel)) next = next_task();
+    const bool last = panel + 1 == task.last_panel;
     Prefetch prefetch;
-    if (follows) {
-      prefetch = FetchPanel(following, kPanelStrips, geometry_.hidden_padded());
+    if (!last || next) {
+      prefetch =
+          FetchPanel(last ? store_.GateUp(s, next->rows.expert, next->first_panel)
+                          : store_.GateUp(s, expert, panel + 1),
+                     kPanelStrips, geometry_.hidden_padded());
+    }
+    if (rank() && !last && next && next->rows.expert != expert) {
+      for (const LoRAArray a : {kGateA, kUpA}) {
+        FetchAdapter(a, next->rows.expert, 0, rank(), 0, geometry_.hidden, prefetch);
+      }
     }
     const auto touch = [&](int row) {
       FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);

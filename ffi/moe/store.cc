@@ -30,7 +30,8 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
                          const Encoding& encoding, const Encoding& down_encoding)
     : BaseStore(std::move(backend), encoding),
       geometry_(geometry),
-      down_encoding_(down_encoding) {
+      down_encoding_(down_encoding),
+      gate_up_stride_(PanelStride(encoding, geometry.hidden_padded())) {
   CheckDepth(encoding, geometry.hidden, "gate");
   CheckDepth(down_encoding, geometry.intermediate, "down");
   const int count = backend_->pool.config().subpool_count;
@@ -52,6 +53,7 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     const int begin = units * s / count * unit;
     const int end = std::min(units * (s + 1) / count * unit, padded);
     shards_.push_back({begin, end - begin});
+    down_strides_.push_back(PanelStride(down_encoding_, end - begin));
     memory_.emplace_back(geometry_.experts * BlockSize(s),
                          backend_->pool.NumaNodeOf(s));
   }

@@ -103,7 +103,7 @@ class ExpertStore final : public BaseStore {
   const std::vector<Shard>& shards() const { return shards_; }
 
   BasePanel GateUp(int shard, int expert, int panel) const {
-    return At(encoding_, Block(shard, expert) + panel * GateUpStride(), kPanelStrips,
+    return At(encoding_, Block(shard, expert) + panel * gate_up_stride_, kPanelStrips,
               geometry_.hidden_padded());
   }
   BasePanel Down(int shard, int expert, int panel) const {
@@ -112,12 +112,8 @@ class ExpertStore final : public BaseStore {
               DownStrips(panel), shards_[shard].width);
   }
   // Bytes between two panels of an expert.
-  int64_t GateUpStride() const {
-    return PanelStride(encoding_, geometry_.hidden_padded());
-  }
-  int64_t DownStride(int shard) const {
-    return PanelStride(down_encoding_, shards_[shard].width);
-  }
+  int64_t GateUpStride() const { return gate_up_stride_; }
+  int64_t DownStride(int shard) const { return down_strides_[shard]; }
   int DownStrips(int panel) const {
     const int left = geometry_.hidden_padded() / kStrip - panel * kPanelStrips;
     return left < kPanelStrips ? left : kPanelStrips;
@@ -144,7 +140,9 @@ class ExpertStore final : public BaseStore {
 
   Geometry geometry_;
   Encoding down_encoding_;
+  int64_t gate_up_stride_;
   std::vector<Shard> shards_;
+  std::vector<int64_t> down_strides_;
   mutable std::mutex lora_mutex_;
   std::shared_ptr<const RegisteredLoRA> lora_;
 };

@@ -112,8 +112,9 @@ class Int8Suite {
       for (const int rows : {1, kernels_.max_rows / 2 + 1, kernels_.max_rows}) {
         const std::vector<float> expected = int8_case.Run(kernels_, rows, false);
         for (int lines = 1; lines <= 4; ++lines) {
-          Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes,
-                            0,      lines};
+          Prefetch prefetch{memory,      kStride,
+                            kChunkBytes, kChunks * kChunkBytes,
+                            0,           lines * Prefetch::kPerPair};
           // The 160 pairs of a call are worth at least one line each.
           for (int call = 0; call < 2; ++call) {
             CheckSameRows(int8_case.Run(kernels_, rows, false, &prefetch), expected,

@@ -49,7 +49,15 @@ def test_values_are_those_of_the_codec(use_pool, isa, encoding):
         assert store.format == encoding.format
         assert store.group_size == encoding.group_size
         assert store.zero_point == encoding.zero_point
-        assert store.geometry == (encoding.format, 3, 128, 256, *encoding[1:], None)
+        assert store.geometry == (
+            encoding.format,
+            3,
+            128,
+            256,
+            *encoding[1:],
+            None,
+            None,
+        )
 
 
 @pytest.mark.parametrize("subpools", [1, 2, 3])

@@ -62,7 +62,7 @@ def assert_encoded(wrapper, base, encoding):
         HIDDEN,
         INNER,
         *encoding[1:],
-        None,
+        *(None, None),
     )
     for got, w in zip(values(wrapper), base, strict=True):
         want = ktjax.quant.decode(encode(w, encoding), encoding.format)

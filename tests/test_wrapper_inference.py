@@ -439,7 +439,7 @@ def test_quantised_arrays_and_their_order(method, encoding):
     wrapper.load_weights_from_tensors(*arrays, physical_to_logical_map=order)
     store = wrapper._loaded().store
     sizes = (EXPERTS, HIDDEN, INNER)
-    assert store.geometry == (encoding.format, *sizes, *encoding[1:], None)
+    assert store.geometry == (encoding.format, *sizes, *encoding[1:], None, None)
     for got, q in zip(values(wrapper), arrays, strict=True):
         want = ktjax.quant.decode(q, encoding.format)[order]
         np.testing.assert_array_equal(got, want)

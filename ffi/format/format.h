@@ -151,6 +151,9 @@ struct QuantPanel {
   const uint16_t* mins = nullptr;
   const uint8_t* sub_scales = nullptr;
   const uint8_t* sub_mins = nullptr;
+  // Blocks: strip s is decoded to strip `apart` s of a panel of `apart` strips as many.
+  // 2 where gate and up have panels of their own and are decoded side by side.
+  int apart = 1;
 };
 
 }  // namespace ktjax

@@ -26,7 +26,7 @@ struct Avx512BlockDecoder {
 #pragma GCC unroll 8
     for (int i = 0; i < kBits; ++i)
       words[i] = _mm512_loadu_si512(codes + i * lanes * 4);
-    const ptrdiff_t stride = 2 * lanes;
+    const ptrdiff_t stride = 2 * lanes * panel.apart;
     DecodeQuads<0>(words, subs[0], dst, stride);
     DecodeQuads<4>(words, subs[kSubs - 1], dst + 8 * stride, stride);
   }

@@ -138,7 +138,7 @@ class Products {
   void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
               Prefetch* prefetch, const Scratch& scratch) const {
     const WorkTimer timer(scratch.times, &WorkTimes::decode);
-    kernels_.decode(panel.codes, first, pairs, dst, prefetch);
+    panel.Decode(kernels_, first, pairs, dst, prefetch);
   }
 
   // tile += terms.

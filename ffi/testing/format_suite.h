@@ -380,6 +380,26 @@ class FormatSuite {
         TestRange(encoding, panel, first, blocks - first, flush, expected);
       }
     }
+    TestApart(encoding, panel, depth);
+  }
+
+  // Strips that are decoded to every other strip, from a block in the middle on; what
+  // is between them stays.
+  void TestApart(const Encoding& encoding, QuantPanel panel, int depth) {
+    const int first = depth / 2, width = kStrip * panel.strips;
+    Guarded<bf16> want(static_cast<size_t>(depth - first) * width);
+    kernels_.decode(panel, first / 2, (depth - first) / 2, want.data(), nullptr);
+    constexpr bf16 kKept = 0x1234;
+    std::vector<bf16> got(2 * want.size(), kKept);
+    panel.apart = 2;
+    kernels_.decode(panel, first / 2, (depth - first) / 2, got.data(), nullptr);
+    int wrong = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      const size_t strip = i / (2 * kStrip), at = strip / 2 * 2 * kStrip;
+      wrong += got[i] != (strip % 2 ? kKept : want[at + i % (2 * kStrip)]);
+    }
+    KTJAX_CHECK(wrong == 0, "%s: %s: %d wrong of strips apart", kernels_.name,
+                encoding.spec().name, wrong);
   }
 
   // Prefetching changes nothing and gets through its chunks.
@@ -395,7 +415,7 @@ class FormatSuite {
     const QuantPanel panel = layout.At(bytes.data());
     Guarded<bf16> plain(depth * kStrip), got(depth * kStrip);
     kernels_.decode(panel, 0, depth / 2, plain.data(), nullptr);
-    Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes, 0, 1};
+    Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes};
     kernels_.decode(panel, 0, depth / 2, got.data(), &prefetch);
     KTJAX_CHECK(!std::memcmp(plain.data(), got.data(), sizeof(bf16) * got.size()),
                 "%s: %s: other bits with prefetching", kernels_.name,

@@ -34,19 +34,24 @@ class ExpertWeights:
       gate: `[slots, intermediate, hidden]` in the checkpoint's dtype, or quantised.
       up: likewise.
       down: `[slots, hidden, intermediate]`, likewise.
-      down_encoding: that of down, where it is another: GGUF files mix formats.
+      up_encoding: that of up, where it is another: GGUF files mix formats.
+      down_encoding: that of down, likewise.
     """
 
     encoding: Encoding
     gate: Array | Quantized
     up: Array | Quantized
     down: Array | Quantized
-    down_encoding: Encoding | None = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    up_encoding: Encoding | None = None
+    down_encoding: Encoding | None = None
 
     @property
     def encodings(self) -> tuple[Encoding, Encoding, Encoding]:
         """The formats of gate, up and down."""
-        return self.encoding, self.encoding, self.down_encoding or self.encoding
+        others = self.up_encoding, self.down_encoding
+        up, down = (other or self.encoding for other in others)
+        return self.encoding, up, down
 
     def arrays(self) -> tuple[Array | Quantized, ...]:
         """gate, up and down."""
@@ -63,8 +68,8 @@ class ExpertWeights:
     def take(self, order: Sequence[int]) -> ExpertWeights:
         """Copies of the experts `order`, in that order."""
         slots = list(order)
-        matrices = (_take(matrix, slots) for matrix in self.arrays())
-        return ExpertWeights(self.encoding, *matrices, down_encoding=self.down_encoding)
+        gate, up, down = (_take(matrix, slots) for matrix in self.arrays())
+        return dataclasses.replace(self, gate=gate, up=up, down=down)
 
     def dequantize(self) -> tuple[Array, Array, Array]:
         """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""

@@ -212,19 +212,32 @@ inline void Transpose(F32x16 (&block)[kStrip]) {
 #endif
 }
 
+// Past the caches where a store is a whole line of one.
 template <typename T>
+void Stream(const F32x16& value, int count, T* dst) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (count >= kStrip && reinterpret_cast<uintptr_t>(dst) % 64 == 0) {
+      return _mm512_stream_ps(dst, (__m512)value);
+    }
+  }
+#endif
+  StoreSome(value, count, dst);
+}
+
+template <typename T, bool kStream = false>
 void StoreRows(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
   for (int r = 0; r < rows; ++r) {
     for (int n = 0; n < columns; n += kStrip) {
       F32x16 value;
       Load(c + r * kPanel + n, value);
-      StoreSome(value, columns - n, dst + r * stride + n);
+      (kStream ? Stream<T> : StoreSome<T>)(value, columns - n, dst + r * stride + n);
     }
   }
 }
 
 template <typename T>
-void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
+void StreamColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t stride) {
   for (int r = 0; r < rows; r += kStrip) {
     const int count = rows - r < kStrip ? rows - r : kStrip;
     for (int n = 0; n < columns; n += kStrip) {
@@ -235,7 +248,9 @@ void StoreColumns(const float* c, int rows, int columns, T* dst, ptrdiff_t strid
         for (int i = 0; i < kStrip; ++i) Load(c + (r + i) * kPanel + n, block[i]);
         Transpose(block);
 #pragma GCC unroll 16
-        for (int i = 0; i < kStrip; ++i) Store(block[i], dst + (n + i) * stride + r);
+        for (int i = 0; i < kStrip; ++i) {
+          Stream(block[i], kStrip, dst + (n + i) * stride + r);
+        }
         continue;
       }
       for (int i = 0; i < kStrip; ++i) {
@@ -272,8 +287,10 @@ constexpr Epilogues kEpilogues = {
     .store_split = StoreScaled,
     .store_rows_f32 = StoreRows<float>,
     .store_rows_bf16 = StoreRows<bf16>,
-    .store_columns_f32 = StoreColumns<float>,
-    .store_columns_bf16 = StoreColumns<bf16>,
+    .stream_rows_f32 = StoreRows<float, true>,
+    .stream_rows_bf16 = StoreRows<bf16, true>,
+    .stream_columns_f32 = StreamColumns<float>,
+    .stream_columns_bf16 = StreamColumns<bf16>,
 };
 
 }  // namespace

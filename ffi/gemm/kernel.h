@@ -166,16 +166,22 @@ struct Epilogues {
   void (*store_split)(const float* c, int rows, int columns, int padded, float scale,
                       SplitRows dst);
 
-  // Gradient tiles: dst[r * stride + n] = c[r][n], in either dtype, n < columns.
+  // dst[r * stride + n] = c[r][n], in either dtype, n < columns.
   void (*store_rows_f32)(const float* c, int rows, int columns, float* dst,
                          ptrdiff_t stride);
   void (*store_rows_bf16)(const float* c, int rows, int columns, bf16* dst,
                           ptrdiff_t stride);
-  // ... and transposed: dst[n * stride + r] = c[r][n].
-  void (*store_columns_f32)(const float* c, int rows, int columns, float* dst,
-                            ptrdiff_t stride);
-  void (*store_columns_bf16)(const float* c, int rows, int columns, bf16* dst,
+  // The same for gradients, which nobody reads soon: past the caches where that can be,
+  // since a cache would read a line from memory before it is overwritten. Callers fence
+  // before others may read. And transposed: dst[n * stride + r] = c[r][n].
+  void (*stream_rows_f32)(const float* c, int rows, int columns, float* dst,
+                          ptrdiff_t stride);
+  void (*stream_rows_bf16)(const float* c, int rows, int columns, bf16* dst,
+                           ptrdiff_t stride);
+  void (*stream_columns_f32)(const float* c, int rows, int columns, float* dst,
                              ptrdiff_t stride);
+  void (*stream_columns_bf16)(const float* c, int rows, int columns, bf16* dst,
+                              ptrdiff_t stride);
 };
 
 // All that one instruction set provides. Instances are constants, one per file.

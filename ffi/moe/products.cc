@@ -58,11 +58,11 @@ void Products::StoreGrad(const RowFactor& factor, int rank, const float* tile,
                          int column, int outputs) const {
   const int64_t offset = factor.transposed ? column * factor.stride : column;
   if (factor.grad.is_float32) {
-    (factor.transposed ? epilogues_.store_columns_f32 : epilogues_.store_rows_f32)(
+    (factor.transposed ? epilogues_.stream_columns_f32 : epilogues_.stream_rows_f32)(
         tile, rank, outputs, static_cast<float*>(factor.grad.data) + offset,
         factor.stride);
   } else {
-    (factor.transposed ? epilogues_.store_columns_bf16 : epilogues_.store_rows_bf16)(
+    (factor.transposed ? epilogues_.stream_columns_bf16 : epilogues_.stream_rows_bf16)(
         tile, rank, outputs, static_cast<bf16*>(factor.grad.data) + offset,
         factor.stride);
   }

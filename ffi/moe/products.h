@@ -3,6 +3,8 @@
 #ifndef KTJAX_FFI_MOE_PRODUCTS_H_
 #define KTJAX_FFI_MOE_PRODUCTS_H_
 
+#include <xmmintrin.h>
+
 #include <chrono>
 #include <mutex>
 #include <span>
@@ -358,6 +360,7 @@ void Products::MultiplyOverRows(Pack pack, int count, int columns, int rank,
                 outputs);
     }
   }
+  _mm_sfence();  // after which other threads may read what was streamed
 }
 
 }  // namespace ktjax

@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--formats",
         type=_formats,
-        default="int8,int4,int4_kgroup/128,int4_kgroup/32,fp8_block,rawint4,mxfp4",
+        default="int8,int4,int4_kgroup/128,int4_kgroup/32,fp8_block,rawint4,mxfp4,mxfp8",
         help="of the study of that name, default %(default)s: NAME, NAME/GROUP_SIZE, "
         "or NAME/GROUP_SIZE/z with zero points",
     )

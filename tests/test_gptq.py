@@ -187,6 +187,11 @@ def test_groups_of_another_size(tmp_path):
     matrices[1][1] = layer(32)[1][1]
     with pytest.raises(CheckpointError, match=r"multiple of 64 depths, .* got 32"):
         read(write(tmp_path, tensors_of(matrices)))
+    # A last group that is shorter than the others looks like equal ones.
+    short = {k: v for k, v in tensors_of(layer(64)).items() if "g_idx" not in k}
+    path = write(tmp_path, short, {**GPTQ, "group_size": 96})
+    with pytest.raises(CheckpointError, match=r"groups of 96 depths, .* got 2 for 128"):
+        read(path)
     with pytest.raises(CheckpointError, match=r"multiple of 32 depths, .*\[16\]"):
         read(write(tmp_path, tensors_of(layer(16))))
 

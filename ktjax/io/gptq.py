@@ -42,12 +42,14 @@ class _Scheme(NamedTuple):
       symmetric: whether every zero point is 8.
       less_one: whether what is stored is the zero point - 1.
       act_order: whether groups may be of depths in any order.
+      group: depths of a group, -1 for a whole row; None where it does not say.
     """
 
     method: Literal["gptq", "awq"]
     symmetric: bool
     less_one: bool
     act_order: bool
+    group: int | None
 
 
 class _Parts(NamedTuple):
@@ -159,15 +161,19 @@ def _scheme(checkpoint: Checkpoint, at: str) -> _Scheme:
 
     method = only(["quant_method"], ["gptq", "awq"])
     only(["bits", "w_bit"], [4])
+    group = config.get("group_size", config.get("q_group_size"))
     if method == "awq":
         only(["version"], ["gemm", "GEMM"])
-        return _Scheme("awq", symmetric=False, less_one=False, act_order=False)
+        return _Scheme(
+            "awq", symmetric=False, less_one=False, act_order=False, group=group
+        )
     kind = only(["checkpoint_format", "format"], ["gptq", "gptq_v2"])
     return _Scheme(
         "gptq",
         symmetric=only(["sym"], [False, True]),
         less_one=kind == "gptq",
         act_order=only(["desc_act"], [False, True]),
+        group=group,
     )
 
 
@@ -206,30 +212,35 @@ def _parts(checkpoint: Checkpoint, at: str) -> _Parts:
             f"{depth} depths, got {groups}"
         )
     parts = _Parts(scheme, depth, depth // groups, qweight, qzeros, scales)
-    if scheme.method == "gptq":
-        _check_order(checkpoint, at, parts)
+    _check_order(checkpoint, at, parts)
     return parts
 
 
 def _check_order(checkpoint: Checkpoint, at: str, parts: _Parts) -> None:
-    """Whether every group is of neighbouring depths, the first ones in group 0."""
-    key = f"{at}.g_idx"
+    """Whether the groups are equal runs of depths, the first ones in group 0."""
+    key, (scheme, depth, width, *_) = f"{at}.g_idx", parts
     if key in checkpoint:
         given = checkpoint[key]
-        if np.array_equal(given, np.arange(parts.depth) // parts.width):
+        if np.array_equal(given, np.arange(depth) // width):
             return
-        if given.shape != (parts.depth,):
+        if given.shape != (depth,):
             raise CheckpointError(
-                f"{checkpoint.path}: {key}: expected a group for each of "
-                f"{parts.depth} depths, got {given.dtype}{list(given.shape)}"
+                f"{checkpoint.path}: {key}: expected a group for each of {depth} "
+                f"depths, got {given.dtype}{list(given.shape)}"
             )
-    elif not parts.scheme.act_order:
+    elif not scheme.act_order:
+        if scheme.group not in (None, width) and (scheme.group, width) != (-1, depth):
+            raise CheckpointError(
+                f"{checkpoint.path}: {at}.scales: expected groups of {scheme.group} "
+                f"depths, as quantization_config has it, got {depth // width} for "
+                f"{depth} depths"
+            )
         return
     raise CheckpointError(
-        f"{checkpoint.path}: {key}: the groups are not of neighbouring depths (GPTQ "
-        "with desc_act = true, also called act-order): kernels read one scale for a "
-        "run of depths, so these weights have no store; quantise the model with "
-        "desc_act = false, or dequantise it to BF16"
+        f"{checkpoint.path}: {key}: the groups are not equal runs of neighbouring "
+        "depths; GPTQ with desc_act = true, also called act-order, has them in any "
+        "order. Kernels read one scale for a run of depths, so these weights have no "
+        "store: quantise the model with desc_act = false, or dequantise it to BF16"
     )
 
 

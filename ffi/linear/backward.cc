@@ -154,12 +154,12 @@ class LinearBackwardPass : LinearPass {
     if (direct_) {
       const int64_t bytes = gradients_.x.is_float32 ? sizeof(float) : sizeof(bf16);
       const int64_t at = int64_t{row} * store_.inputs() + panel * kPanel;
-      Fetch<true>(static_cast<char*>(gradients_.x.data) + at * bytes,
-                  InputWidth(panel) * bytes);
+      Fetch(static_cast<char*>(gradients_.x.data) + at * bytes,
+            InputWidth(panel) * bytes);
       return;
     }
     const auto [sums, stride] = sum_.At(s, panel);
-    Fetch<true>(sums + row * stride, sizeof(float) * kStrip * InputStrips(panel));
+    Fetch(sums + row * stride, sizeof(float) * kStrip * InputStrips(panel));
   }
   void StoreInputGrad(int s, const float* tile, int row, int count, int panel) const {
     if (!direct_) {

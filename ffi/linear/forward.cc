@@ -67,8 +67,8 @@ class LinearForwardPass : LinearPass {
       const int64_t stride = store_.outputs(), column = int64_t{panel} * kPanel;
       const auto place = [&](int row) { return (block.begin + row) * stride + column; };
       const auto touch = [&](int row) {
-        Fetch<true>(static_cast<char*>(y_.data) + place(row) * ValueBytes(),
-                    width * ValueBytes());
+        Fetch(static_cast<char*>(y_.data) + place(row) * ValueBytes(),
+              width * ValueBytes());
       };
       MultiplyBase(
           product, block.count, scratch, prefetch, touch, [&](int first, int count) {

@@ -182,8 +182,8 @@ class BackwardPass : LoRAGradPass {
                  scratch.lora_panel[0], LowRankDepth());
       }
       const auto touch = [&](int row) {
-        FetchKept<false>(values, group, block.begin + row, shard(s).begin + column,
-                         strips * kStrip);
+        FetchKept(values, group, block.begin + row, shard(s).begin + column,
+                  strips * kStrip);
         if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
       const auto epilogue = [&](const float* tile, int first, int count) {

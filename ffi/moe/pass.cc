@@ -324,7 +324,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       }
     }
     const auto touch = [&](int row) {
-      FetchKept<true>(out, group, block.begin + row, shard(s).begin + column, kDepth);
+      FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);
       if (!rank()) return;
       FetchSpread(out.low_rank, group, block.begin + row, 0);
       FetchSpread(out.low_rank, group, block.begin + row, 1);

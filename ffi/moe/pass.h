@@ -155,10 +155,9 @@ class Pass : protected Products {
   // The place of `row` of the layer in a shard's sums, to be added to.
   void FetchSum(int s, int row, int panel, int strips) const {
     const auto [data, stride] = sum_.At(s, panel);
-    Fetch<true>(data + routing_.tokens[row] * stride, sizeof(float) * kStrip * strips);
+    Fetch(data + routing_.tokens[row] * stride, sizeof(float) * kStrip * strips);
   }
   // One row of gate and up in `values`.
-  template <bool kWrite>
   void FetchKept(const Activations& values, const Group& group, int row, int column,
                  int columns) const {
     if (!values.gate) return;
@@ -166,8 +165,8 @@ class Pass : protected Products {
     for (bf16* array : {values.gate, values.up}) {
       const SplitRows rows = KeptRows(values, array, group, row, column);
       const bf16* high = rows.high + (index ? *index : 0) * rows.stride;
-      Fetch<kWrite>(high, sizeof(bf16) * columns);
-      if (rows.low) Fetch<kWrite>(high + rows.low, sizeof(bf16) * columns);
+      Fetch(high, sizeof(bf16) * columns);
+      if (rows.low) Fetch(high + rows.low, sizeof(bf16) * columns);
     }
   }
 
@@ -206,8 +205,8 @@ class Pass : protected Products {
   }
   void FetchSpread(bf16* low_rank, const Group& group, int row, int factor) const {
     const SplitRows rows = SpreadRows(low_rank, group, row, factor);
-    Fetch<false>(rows.high, sizeof(bf16) * rank());
-    if (rows.low) Fetch<false>(rows.high + rows.low, sizeof(bf16) * rank());
+    Fetch(rows.high, sizeof(bf16) * rank());
+    if (rows.low) Fetch(rows.high + rows.low, sizeof(bf16) * rank());
   }
   int LowRankDepth() const { return static_cast<int>(RoundUp(rank(), 2)); }
   // Where LoRA's factors need two parts.

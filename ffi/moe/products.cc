@@ -12,8 +12,7 @@ void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
   constexpr int64_t kMost = 8192;
   const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
   if (depth != rows.stride || bytes > kMost) return;
-  const char* line = reinterpret_cast<const char*>(rows.row(outputs));
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+  Fetch(rows.row(outputs), bytes);
 }
 
 }  // namespace

@@ -415,7 +415,8 @@ class FormatSuite {
     const QuantPanel panel = layout.At(bytes.data());
     Guarded<bf16> plain(depth * kStrip), got(depth * kStrip);
     kernels_.decode(panel, 0, depth / 2, plain.data(), nullptr);
-    Prefetch prefetch{memory, kStride, kChunkBytes, kChunks * kChunkBytes};
+    Prefetch prefetch{memory, kStride,           kChunkBytes, kChunks * kChunkBytes,
+                      0,      Prefetch::kPerPair};
     kernels_.decode(panel, 0, depth / 2, got.data(), &prefetch);
     KTJAX_CHECK(!std::memcmp(plain.data(), got.data(), sizeof(bf16) * got.size()),
                 "%s: %s: other bits with prefetching", kernels_.name,

@@ -288,7 +288,8 @@ struct Kernels {
   // Products of few rows with a panel as it is, or false where decoding it first is
   // better: that depends on the format and its groups alone. Null where it always is.
   // c[r][n] = sum_d a[r * a_stride + d] * value[d][n] for d < depth, a multiple of
-  // kDepth, and rows <= kMaxContractRows; c as for gemm.
+  // kDepth, and rows <= kMaxContractRows; c as for gemm, with the strips of a panel
+  // `apart` in it.
   bool (*dot_codes)(const bf16* a, ptrdiff_t a_stride, int rows,
                     const QuantPanel& panel, int depth, float* c, Prefetch* prefetch);
   // contract_outputs for the depth pairs [first_pair, first_pair + pairs), multiples of

@@ -32,7 +32,8 @@ class Case:
       pass_name: "forward" (base weights), "lora" (forward with adapters) or "train" (y
         and all gradients: x, routing weights, six LoRA arrays).
       family: "ktjax", "xla" or "torch".
-      variant: the formulation, one of `variants`.
+      variant: the formulation, one of `variants`; of ktjax's forward also "eager", the
+        wrapper's way.
       rank: of the adapters; not used by "forward".
       routing: "uniform", or "zipf": expert i is chosen with weight 1 / (i + 1).
       format: of the base weights, as `benchmarks.formats` reads it; peers: "bf16".

@@ -17,6 +17,10 @@ from benchmarks.contenders import Contender, Prepared
 from benchmarks.shapes import Shape
 from ktjax import _native, backend
 from ktjax.config import PoolConfig
+from ktjax.experts_pending import PendingSum
+
+# `chunked_prefill_size` of eager forwards.
+CHUNK = 2048
 
 
 class Ktjax(Contender):
@@ -53,6 +57,8 @@ class Ktjax(Contender):
             )
         store = self._stores[case.format]
         function = _train if case.pass_name == "train" else _forward
+        if case.pass_name == "forward" and case.variant == "eager":
+            return _eager(case, store)
         if case.variant not in cases.variants("ktjax", case.pass_name, case.tokens):
             raise ValueError(f"ktjax: no variant {case.variant!r} of {case.pass_name}")
         lora = self._adapters(case) if case.adapted else None
@@ -84,16 +90,18 @@ class Ktjax(Contender):
             raise RuntimeError("hold: call load first")
         if not names:
             return
+        # Float weights are made once for all formats.
         arrays = dict(cases.weights(self._shape))
         for name in names:
-            encoding = formats.encoding(name)
+            encoding, down = formats.encodings(name)
+            blocks = encoding.spec.block_bytes
+            given = formats.weights(self._shape, name) if blocks else arrays
             self._stores[name] = ktjax.ExpertStore.from_arrays(
-                arrays["gate"],
-                arrays["up"],
-                arrays["down"],
+                **given,
                 format=encoding.format,
                 group_size=encoding.group_size or None,
                 zero_point=encoding.zero_point,
+                down_format=down.format if down != encoding else None,
             )
 
     def _adapters(self, case: Case) -> ktjax.LoRA:
@@ -130,6 +138,19 @@ class Ktjax(Contender):
 
 def _forward(options, store, lora, x, ids, w):
     return ktjax.moe(x, ids, w, store, lora, scaling=cases.SCALING, **options)
+
+
+def _eager(case: Case, store: ktjax.ExpertStore) -> Prepared:
+    """As `KTMoEWrapper.forward` has it: inputs staged, and computed by the queue."""
+
+    def call(x: np.ndarray, ids: np.ndarray, w: np.ndarray) -> jax.Array:
+        pending = PendingSum(
+            *(store, x, ids, w), chunk=CHUNK, dtype=x.dtype, compute=case.compute
+        )
+        return jax.block_until_ready(jnp.asarray(pending.result()))
+
+    calls = [functools.partial(call, *batch[:3]) for batch in cases.batches(case)]
+    return Prepared(calls, _named, _result_bytes)
 
 
 def _train(options, store, lora, x, ids, w, grad_y):

@@ -53,6 +53,7 @@ class Row:
     Attributes:
       median_ms: of all timed calls; the other figures derive from it.
       bf16_peak_share: operations a second over the BF16 peak of the same minutes.
+      int8_peak_share: over the INT8 peak, for products of integers; else None.
       weight_gbs: 1e9 bytes a second of base weights in their format (once per sweep:
         the train step has two).
       read_bandwidth_share: over the read bandwidth of the same minutes.
@@ -73,6 +74,7 @@ class Row:
     tokens_per_s: float
     gflops: float
     bf16_peak_share: float
+    int8_peak_share: float | None
     weight_gbs: float
     read_bandwidth_share: float
     baseline: str
@@ -205,6 +207,7 @@ def summarise(
         tokens_per_s=case.tokens / median,
         gflops=gflops,
         bf16_peak_share=gflops / peaks["bf16_gflops"],
+        int8_peak_share=gflops / peaks["int8_gops"] if case.compute == "int8" else None,
         weight_gbs=gbs,
         read_bandwidth_share=gbs / peaks["dram_read_gbs"],
         baseline=entry.baseline,

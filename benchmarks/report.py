@@ -63,6 +63,7 @@ def print_group(console: Console, group: Group) -> None:
         title_justify="left",
         caption_justify="left",
     )
+    integers = any(row.int8_peak_share is not None for row in group.rows)
     table.add_column("pass")
     table.add_column("contender")
     for name in (
@@ -71,6 +72,7 @@ def print_group(console: Console, group: Group) -> None:
         "tokens/s",
         "GF/s",
         "% BF16 peak",
+        *(["% INT8 peak"] if integers else []),
         "weights GB/s",
         "% read BW",
         "time ratio",
@@ -90,6 +92,7 @@ def print_group(console: Console, group: Group) -> None:
             f"{row.tokens_per_s:.0f}",
             f"{row.gflops:.1f}",
             f"{100 * row.bf16_peak_share:.1f}",
+            *([_percent(row.int8_peak_share)] if integers else []),
             f"{row.weight_gbs:.1f}",
             f"{100 * row.read_bandwidth_share:.1f}",
             f"{row.ratio:.2f}",
@@ -97,6 +100,10 @@ def print_group(console: Console, group: Group) -> None:
     console.print(table)
     for name, error in group.failures.items():
         console.print(f"[bold]{name} did not run:[/] {error}", highlight=False)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _baselines(group: Group) -> str:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -79,13 +79,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=_names(studies.STUDIES),
         default="table",
         help="table; skew: Zipf against uniform routing; lora: cost of adapters; "
-        "formats: quantised weights against bfloat16; threads: 1 against all; "
+        "formats: quantised weights against bfloat16; methods: every method of the "
+        "inference wrapper; threads: 1 against all; "
         "memory: of a train step; profile: seconds by phase",
     )
     parser.add_argument(
         "--formats",
         type=_formats,
-        default="int8,int4,int4_kgroup/128,int4_kgroup/32,fp8_block,rawint4,mxfp4",
+        default="int8,int4,int4_kgroup/128,int4_kgroup/32,fp8_block,rawint4,mxfp4,mxfp8",
         help="of the study of that name, default %(default)s: NAME, NAME/GROUP_SIZE, "
         "or NAME/GROUP_SIZE/z with zero points",
     )
@@ -130,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 # The peers' weights are gone by then.
                 for name in options.formats:
                     formats.check_sizes(shape, name)
-                stored = sum(formats.expert_bytes(shape, f) for f in options.formats)
-                shapes.check_memory(shape, ["ktjax"], options.rank, available, stored)
+                _check_stores(shape, options.formats, options.rank, available)
+            if "methods" in options.studies:
+                held = [text for text, _ in _methods_that_fit(shape).values()]
+                _check_stores(shape, held, options.rank, available)
     except (ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")
     with contextlib.ExitStack() as stack, console.status("starting") as status:
@@ -153,6 +156,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_shape(options, plan, shape, ktjax, peers, found, console)
             if options.json:
                 found.write(options.json)
+
+
+def _check_stores(shape: Shape, names: list[str], rank: int, available: int) -> None:
+    stored = sum(formats.expert_bytes(shape, name) for name in set(names) - {"bf16"})
+    shapes.check_memory(shape, ["ktjax"], rank, available, stored)
+
+
+def _methods_that_fit(
+    shape: Shape, tell: Callable[[str], None] = lambda message: None
+) -> dict[str, tuple[str, str]]:
+    """The inference methods whose groups divide the layer; tells of the others."""
+    chosen = {}
+    for name, method in studies.inference_methods().items():
+        try:
+            formats.check_sizes(shape, method[0])
+            chosen[name] = method
+        except ValueError as error:
+            tell(f"{name} left out: {error}")
+    return chosen
 
 
 def _run_shape(
@@ -193,6 +215,14 @@ def _run_shape(
         ktjax.ask("hold", extra=options.formats)
         for tokens in options.tokens:
             show(studies.storage(plan, shape, tokens, ktjax))
+        ktjax.ask("hold", extra=[])
+    if "methods" in wanted:
+        plan.report(f"{shape.name}: quantising weights")
+        methods = _methods_that_fit(shape, console.print)
+        held = {text for text, _ in methods.values()} - {"bf16"}
+        ktjax.ask("hold", extra=sorted(held))
+        for tokens in options.tokens:
+            show(studies.methods(plan, shape, tokens, ktjax, methods))
         ktjax.ask("hold", extra=[])
     if "threads" in wanted:
         with Worker("ktjax", threads=1) as single:

@@ -10,11 +10,16 @@ from benchmarks.cases import Case
 from benchmarks.measure import Entry, Group, interleave, key
 from benchmarks.shapes import Shape
 from benchmarks.worker import Worker
+from ktjax import experts_inference
 
-STUDIES = ("table", "skew", "lora", "formats", "threads", "memory", "profile")
+STUDIES = (
+    *("table", "skew", "lora", "formats", "methods", "threads", "memory", "profile"),
+)
 LORA_RANKS = (16, 64)
 # Of the study of formats: its passes, and the arithmetic that each is timed with.
 STORAGE_COMPUTES = {"forward": ("bf16", "int8"), "train": ("bf16",)}
+# Of the study of methods: what stands for the formats that LLAMAFILE finds in files.
+GGUF_FORMATS = ("q4_k+q6_k", "q5_k", "q8_0", "iq4_xs", "q2_k")
 # Calls of a pass that a profile is averaged over.
 PROFILED_CALLS = 3
 MEMORY_CALLS = 3
@@ -148,6 +153,51 @@ def storage(plan: Plan, shape: Shape, tokens: int, ktjax: Worker) -> Group:
                 stored = dataclasses.replace(case, format=name, compute=compute)
                 entries.append(Entry(name, ktjax, stored, key(pass_name, "bf16")))
     title = f"{_title(shape, tokens, plan.routing)}, formats"
+    return _interleave(plan, title, entries, ktjax)
+
+
+def inference_methods() -> dict[str, tuple[str, str]]:
+    """Names of `KTMoEWrapper`'s inference methods -> format of the weights, compute.
+
+    Methods that are the same share a name. `LLAMAFILE` takes what a file has, so it is
+    there with several formats.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, method in experts_inference.METHODS.items():
+        stored = GGUF_FORMATS if name == "LLAMAFILE" else method.formats[:1]
+        for text in stored:
+            mixed = f"{name} {text}" if name == "LLAMAFILE" else name
+            chosen = formats.canonical(text), method.compute
+            found.setdefault(chosen, []).append(mixed)
+    return {", ".join(names): chosen for chosen, names in found.items()}
+
+
+def methods(
+    plan: Plan,
+    shape: Shape,
+    tokens: int,
+    ktjax: Worker,
+    chosen: dict[str, tuple[str, str]],
+) -> Group:
+    """Every inference method, as a pure call; of one token also the eager one.
+
+    Args:
+      plan: what the user asked for.
+      shape: the layer.
+      tokens: of a call.
+      ktjax: the worker, which holds the formats.
+      chosen: of `inference_methods`, "BF16" among them.
+    """
+    baseline = key("forward", "BF16")
+    entries = []
+    for name, (text, compute) in chosen.items():
+        case = _case(plan, shape, tokens, "forward", "ktjax", "save")
+        case = dataclasses.replace(case, format=text, compute=compute)
+        entries.append(Entry(name, ktjax, case, baseline))
+        if tokens == 1:
+            eager = dataclasses.replace(case, variant="eager")
+            entries.append(Entry(f"{name}, eager", ktjax, eager, baseline))
+    title = f"{_title(shape, tokens, plan.routing)}, inference methods"
     return _interleave(plan, title, entries, ktjax)
 
 

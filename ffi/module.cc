@@ -87,8 +87,9 @@ SourceMatrix Source(const std::vector<Array>& arrays) {
 }
 
 nb::tuple CreateStore(const std::string& format, int group_size, bool zero_points,
-                      const std::string& down_format, const std::vector<Array>& gate,
-                      const std::vector<Array>& up, const std::vector<Array>& down) {
+                      const std::string& up_format, const std::string& down_format,
+                      const std::vector<Array>& gate, const std::vector<Array>& up,
+                      const std::vector<Array>& down) {
   const Geometry geometry{static_cast<int>(gate.at(0).shape(0)),
                           static_cast<int>(down.at(0).shape(1)),
                           static_cast<int>(gate.at(0).shape(1))};
@@ -97,10 +98,11 @@ nb::tuple CreateStore(const std::string& format, int group_size, bool zero_point
   {
     nb::gil_scoped_release release;
     const Encoding encoding = MakeEncoding(format, group_size, zero_points);
-    const Encoding down_encoding =
-        down_format == format ? encoding : MakeEncoding(down_format, 0, false);
-    auto store =
-        std::make_shared<ExpertStore>(GetBackend(), geometry, encoding, down_encoding);
+    const auto other = [&](const std::string& name) {
+      return name == format ? encoding : MakeEncoding(name, 0, false);
+    };
+    auto store = std::make_shared<ExpertStore>(GetBackend(), geometry, encoding,
+                                               other(up_format), other(down_format));
     store->Pack(source);
     handle = StoreRegistry::Get().Add(std::move(store));
   }

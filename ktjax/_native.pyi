@@ -35,6 +35,7 @@ def create_store(
     format: str,
     group_size: int,
     zero_points: bool,
+    up_format: str,
     down_format: str,
     gate: list[_Array],
     up: list[_Array],

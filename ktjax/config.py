@@ -97,11 +97,12 @@ class LoRAConfig:
         shrink as the rank grows (arXiv:2312.03732).
       rank_pattern: pattern -> rank of the modules that it fits.
       alpha_pattern: pattern -> alpha of the modules that it fits.
-      dropout: 0. Anything else is refused: the kernels read one input for base and
-        adapters, and dropout is of the adapters' alone.
+      dropout: the share of the adapters' input values that a training step drops; at
+        least 0 and below 1.
 
     Raises:
-      ValueError: a rank, an alpha or a pattern that cannot be used; the message has it.
+      ValueError: a rank, an alpha, a rate or a pattern that cannot be used; the message
+        has it.
     """
 
     rank: int = 16
@@ -120,12 +121,9 @@ class LoRAConfig:
         for key, alpha in self.alpha_pattern.items():
             _module_pattern("alpha_pattern", key)
             _check_alpha(f"alpha_pattern['{key}']", alpha)
-        if self.dropout != 0:
+        if not 0 <= self.dropout < 1:  # NaN fails too
             raise ValueError(
-                f"lora_dropout must be 0, got {self.dropout}: the kernels read one "
-                "input for an expert's base weights and for its adapters, so dropout "
-                "of the adapters' input alone is not built; use weight_decay or a "
-                "lower rank against overfitting"
+                f"lora_dropout must be at least 0 and below 1, got {self.dropout}"
             )
 
     @property
@@ -139,6 +137,7 @@ class LoRAConfig:
             _first_fit(self.rank_pattern, name, self.rank),
             _first_fit(self.alpha_pattern, name, self.alpha),
             self.rslora,
+            dropout=self.dropout,
         )
 
     def check_patterns(self, names: Iterable[str]) -> None:

@@ -81,9 +81,9 @@ class KTMoEWrapper:
             lora_alpha / lora_rank.
           max_cache_depth: mode "sft" only: how many forwards may await their
             backward.
-          group_size: method "AMXINT4_KGroup_SFT" only: 32, 64 or 128 depths to a scale;
-            None = what the checkpoint has, or else 128.
-          zero_point: method "AMXINT4_KGroup_SFT" only: quantise with zero points.
+          group_size: methods "AMXINT4_KGroup_SFT" and "GPTQ_INT4" only: 32, 64 or 128
+            depths to a scale; None = what the checkpoint has, or else 128.
+          zero_point: the same methods only: quantise with zero points.
           compute: "bf16", "int8" or None, as in `ktjax.moe`; None in mode "inference" =
             as the method says.
           gpu_experts_mask: mode "inference" only: which experts an accelerator

@@ -49,9 +49,11 @@ METHODS: dict[str, Method] = {
     "MOE_INT4": Method(("int4",), "int8"),
     "MOE_INT8": Method(("int8",), "int8"),
     "RAWINT4": Method(("rawint4", "int4_kgroup"), "int8"),
+    "GPTQ_INT4": Method(("int4_kgroup", "int4"), "int8"),
     "FP8": Method(("fp8_block", "fp8_channel"), "bf16"),
     "FP8_PERCHANNEL": Method(("fp8_channel",), "bf16"),
     "MXFP4": Method(("mxfp4",), "bf16"),
+    "MXFP8": Method(("mxfp8",), "bf16"),
     "BF16": Method(("bf16",), "bf16"),
     # What a GGUF file has, as it has it.
     "LLAMAFILE": Method(("bf16", *BLOCK_FORMATS), "bf16"),
@@ -115,8 +117,9 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
 
     Args:
       method: storage format and default of `compute`.
-      group_size: must be None, or what the method's format has.
-      zero_point: must be False.
+      group_size: method "GPTQ_INT4" only: 32, 64 or 128 depths to a scale; None = what
+        the weights have, or else 128.
+      zero_point: method "GPTQ_INT4" only: quantise with zero points.
       compute: how products are computed; None = as the method says.
       others: see `BaseMoEWrapper`.
 

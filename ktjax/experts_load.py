@@ -47,8 +47,9 @@ def encoding_of(
             "from their file, or make a store with ktjax.ExpertStore.from_arrays"
         )
     format = formats[0]
-    if "fp8_channel" in formats and np.ndim(gate.scales) == 2:
-        format = "fp8_channel"
+    if np.ndim(gate.scales) == 2:  # a scale for every row
+        by_row = (name for name in formats if not _has_groups(name))
+        format = next(by_row, format)
     elif "int4_kgroup" in formats and np.asarray(gate.scales).dtype == np.float32:
         format = "int4_kgroup"
     if FORMATS[format].group_sizes and group_size is None:
@@ -146,12 +147,15 @@ def make_store(
     Raises:
       ValueError, TypeError, MemoryError: see `ExpertStore.from_arrays`.
     """
-    asked, down, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    (asked, up, down), arrays = _prepare(
+        weights, formats, group_size, zero_point, where
+    )
     return ExpertStore.from_arrays(
         *arrays,
         format=asked.format,
         group_size=asked.group_size or None,
         zero_point=asked.zero_point,
+        up_format=up.format,
         down_format=down.format,
         pool=pool,
     )
@@ -185,8 +189,9 @@ def encode_experts(
         quantised, or what `ExpertStore.from_arrays` refuses of quantised ones.
       TypeError: wrong dtypes.
     """
-    asked, down, arrays = _prepare(weights, formats, group_size, zero_point, where)
-    for encoding in (asked, down):
+    encodings, arrays = _prepare(weights, formats, group_size, zero_point, where)
+    asked = encodings[0]
+    for encoding in encodings:
         encoding.check_encoded(where=where)
     backend.get_pool()
     _, intermediate, hidden = weights.shape
@@ -210,15 +215,16 @@ def _prepare(
     group_size: int | None,
     zero_point: bool,
     where: str,
-) -> tuple[Encoding, Encoding, tuple[np.ndarray | Quantized, ...]]:
-    """The encoding to have, that of down, and the arrays: in it, or to be quantised."""
-    stored, _, down = weights.encodings
-    if stored != down:
-        if stored.format in formats and down.format in formats:
-            return stored, down, weights.arrays()
-        # Not both are kept, so none is: the one that has to go stands for both.
-        if stored.format == "bf16" or stored.format in formats:
-            stored = down
+) -> tuple[tuple[Encoding, Encoding, Encoding], tuple[np.ndarray | Quantized, ...]]:
+    """The encodings to have of gate, up and down, and the arrays: in them, or to be."""
+    mixed = weights.encodings
+    stored = mixed[0]
+    if len(set(mixed)) > 1:
+        if all(encoding.format in formats for encoding in mixed):
+            return mixed, weights.arrays()
+        # Not all are kept, so none is: one that has to go stands for all.
+        others = [e for e in mixed if e.format not in ("bf16", *formats)]
+        stored = others[0] if others else next(e for e in mixed if e.format != "bf16")
     asked = choose_encoding(stored, formats, group_size, zero_point, where=where)
     arrays = weights.arrays()
     if stored.format == "rawint4" and asked == stored._replace(format="int4_kgroup"):
@@ -232,7 +238,7 @@ def _prepare(
                 stacklevel=4,
             )
         arrays = weights.dequantize()
-    return asked, asked, arrays
+    return (asked, asked, asked), arrays
 
 
 def _encode(
@@ -259,6 +265,10 @@ def _encode(
         [backend.native_bits(array) for array in plain.values()],
     )
     return Quantized(**plain)
+
+
+def _has_groups(format: str) -> bool:
+    return bool(FORMATS[format].group or FORMATS[format].group_sizes)
 
 
 def _widen(matrix: np.ndarray | Quantized) -> Quantized:

@@ -59,6 +59,7 @@ class AMXSFTMoEWrapper(LoadsExperts, BaseSFTMoEWrapper):
         "AMXFP8_SFT": ("fp8_block", "fp8_channel"),
         "RAWINT4_SFT": ("rawint4",),
         "AMXMXFP4_SFT": ("mxfp4",),
+        "AMXMXFP8_SFT": ("mxfp8",),
         # What a GGUF file has, as it has it.
         "GGUF_SFT": ("bf16", *BLOCK_FORMATS),
     }

@@ -21,7 +21,8 @@ _NAMES = ("gate", "up", "down")
 class Geometry(NamedTuple):
     """The static facts of a store: what shapes and residuals depend on; hashable.
 
-    `down_format` is the format of down where gate and up have another, else None.
+    `down_format` and `up_format` are the formats of down and up where they are others
+    than gate's, else None.
     """
 
     format: str
@@ -31,6 +32,7 @@ class Geometry(NamedTuple):
     group_size: int = 0
     zero_point: bool = False
     down_format: str | None = None
+    up_format: str | None = None
 
 
 @jax.tree_util.register_pytree_node_class
@@ -45,7 +47,8 @@ class ExpertStore(FrozenStore):
       format: the storage format, a name in `ktjax.quant.FORMATS`.
       group_size: depths that share a scale; 0 = a whole row does, or there is none.
       zero_point: whether the groups have zero points.
-      down_format: the format of down; as `format`, but GGUF files mix them.
+      up_format: the format of up; as `format`, but GGUF files mix them.
+      down_format: the format of down, likewise.
       num_experts: experts of the layer.
       hidden_size: width of the residual stream.
       intermediate_size: width of an expert.
@@ -63,6 +66,7 @@ class ExpertStore(FrozenStore):
         format: str = "bf16",
         group_size: int | None = None,
         zero_point: bool = False,
+        up_format: str | None = None,
         down_format: str | None = None,
         pool: backend.Pool | None = None,
     ) -> ExpertStore:
@@ -87,7 +91,9 @@ class ExpertStore(FrozenStore):
             what the quantised arrays have.
           zero_point: for int4_kgroup: quantise with zero points. Quantised arrays have
             them if `zeros` is given.
-          down_format: the format of down, where it is another. Both must be formats of
+          up_format: the format of up, where it is another. All must be formats of
+            GGUF.
+          down_format: the format of down, where it is another. All must be formats of
             GGUF or "bf16".
           pool: the pool to use; None starts the default one if none is running.
 
@@ -101,11 +107,12 @@ class ExpertStore(FrozenStore):
         """
         # Before anything starts a pool: a typing error must not.
         Encoding.of(format, group_size, zero_point, where="ExpertStore")
-        down_format = _check_mixed(format, down_format)
+        formats = (format, up_format or format, down_format or format)
+        _check_mixed(formats)
         check_pool(pool, where="ExpertStore")
         matrices = (gate, up, down)
-        if FORMATS[format].block_bytes or down_format:
-            geometry, arrays = _check_blocks(matrices, format, down_format)
+        if FORMATS[format].block_bytes or len(set(formats)) > 1:
+            geometry, arrays = _check_blocks(matrices, formats)
         elif any(isinstance(matrix, Quantized) for matrix in matrices):
             geometry, arrays = _check_plain(matrices, format, group_size, zero_point)
         else:
@@ -116,7 +123,7 @@ class ExpertStore(FrozenStore):
             format,
             chosen,
             geometry.zero_point,
-            down_format or format,
+            *formats[1:],
             *([backend.native_bits(a) for a in matrix] for matrix in arrays),
         )
         return cls._own(words, geometry)
@@ -125,6 +132,11 @@ class ExpertStore(FrozenStore):
     def geometry(self) -> Geometry:
         """Format and sizes; hashable."""
         return self._geometry
+
+    @property
+    def up_format(self) -> str:
+        """The storage format of up: `format`, unless a GGUF file has another."""
+        return self._geometry.up_format or self._geometry.format
 
     @property
     def down_format(self) -> str:
@@ -248,25 +260,27 @@ def _check_plain(
     return _geometry(encoding, experts, hidden, intermediate), arrays
 
 
-def _check_mixed(format: str, down_format: str | None) -> str | None:
-    """`down_format`, or None where it is the same."""
-    if down_format in (None, format):
-        return None
-    allowed = ("bf16", *BLOCK_FORMATS)
-    for name, given in (("format", format), ("down_format", down_format)):
+def _check_mixed(formats: tuple[str, str, str]) -> None:
+    """Whether gate, up and down can have these formats in one store."""
+    if len(set(formats)) == 1:
+        return
+    for name, given in zip(
+        ("format", "up_format", "down_format"), formats, strict=True
+    ):
+        # A panel has strips of gate and up: of blocks, or of values.
+        blocks_only = name != "down_format" and formats[0] != formats[1]
+        allowed = BLOCK_FORMATS if blocks_only else ("bf16", *BLOCK_FORMATS)
         if given not in allowed:
             raise ValueError(
                 f"ExpertStore: {name}: formats can only be mixed among "
                 f"{list(allowed)}, got {given!r}"
             )
-    return down_format
 
 
 def _check_blocks(
-    matrices: tuple[Array | Quantized, ...], format: str, down_format: str | None
+    matrices: tuple[Array | Quantized, ...], formats: tuple[str, str, str]
 ) -> tuple[Geometry, list[list[np.ndarray]]]:
     """As `_check`, for GGUF's blocks and what is mixed with them."""
-    formats = (format, format, down_format or format)
     arrays = []
     for name, matrix, chosen in zip(_NAMES, matrices, formats, strict=True):
         where = f"ExpertStore: {name}"
@@ -307,9 +321,10 @@ def _check_blocks(
                 f"{where}: expected shape {(experts, *shape)} for {experts} experts of "
                 f"{outputs} x {depth} in format {chosen!r}, got {array.shape}"
             )
-    encoding = Encoding.of(format)
-    geometry = _geometry(encoding, experts, hidden, intermediate)
-    return geometry._replace(down_format=down_format), [[array] for array in arrays]
+    geometry = _geometry(Encoding.of(formats[0]), experts, hidden, intermediate)
+    up, down = (None if other == formats[0] else other for other in formats[1:])
+    mixed = geometry._replace(up_format=up, down_format=down)
+    return mixed, [[array] for array in arrays]
 
 
 def _check_groups(encoding: Encoding, hidden: int, intermediate: int) -> None:

@@ -24,6 +24,8 @@ def tensors_of(at: str, q: Quantized, encoding: Encoding, depth: int) -> dict:
     match encoding.format:
         case "fp8_block":
             return {f"{at}.weight": q.values, f"{at}.weight_scale_inv": q.scales}
+        case "mxfp8":
+            return {f"{at}.weight": q.values, f"{at}.weight_scale": q.scales}
         case "fp8_channel" | "int8":
             # compressed-tensors writes a column, others a vector.
             return {f"{at}.weight": q.values, f"{at}.weight_scale": q.scales[:, None]}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ktjax.quant import FORMATS, dequantize_blocks
+from benchmarks.blocks import HALVES
+from ktjax.quant import FORMATS
 from ktjax.quant.formats import BLOCK_FORMATS
 
 NUMBERS = {
@@ -35,13 +34,6 @@ BLOCKS = {
     "iq4_xs": 23,
 }
 assert tuple(BLOCKS) == BLOCK_FORMATS
-# Where the halves of a block are; by default at its beginning.
-_HALVES = {
-    "q2_k": (80, 82),
-    "q3_k": (108,),
-    "q6_k": (208,),
-    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
-}
 
 
 class Tensor(NamedTuple):
@@ -62,33 +54,8 @@ def tensor(array: np.ndarray, format: str | None = None) -> Tensor:
 
 def halves(blocks: np.ndarray, format: str) -> list[np.ndarray]:
     """The half-precision numbers of `[n, bytes]` blocks, one array a place; copies."""
-    places = _HALVES.get(format, (0,))
+    places = HALVES.get(format, (0,))
     return [blocks[:, at : at + 2].copy().view(np.float16)[:, 0] for at in places]
-
-
-def with_halves(blocks: np.ndarray, format: str, values: list[Any]) -> np.ndarray:
-    blocks = blocks.copy()
-    for at, value in zip(_HALVES.get(format, (0,)), values, strict=True):
-        numbers = np.broadcast_to(np.asarray(value, np.float16), len(blocks))
-        blocks[:, at : at + 2] = numbers[:, None].copy().view(np.uint8)
-    return blocks
-
-
-@functools.cache
-def random_blocks(format: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Any codes and sub-scales, of the size of weights, `[*shape[:-1], bytes]`."""
-    spec, rng = FORMATS[format], np.random.default_rng(seed)
-    count = math.prod(shape) // spec.group
-    blocks = rng.integers(0, 256, (count, spec.block_bytes), dtype=np.uint8)
-    size = rng.uniform(0.5, 1.5, count) * rng.choice([-1, 1], count)
-    # The minimum is what a mean code is taken for, so that weights have no mean: with
-    # one, the sums of a layer cancel, and keep the errors of their terms.
-    mean = (2**spec.bits - 1) / 2 * (-1 if format.endswith("_1") else 1)
-    sizes = [size, mean * size][: len(_HALVES.get(format, (0,)))]
-    first = dequantize_blocks(with_halves(blocks, format, sizes), format)
-    gain = shape[-1] ** -0.5 / np.sqrt(np.mean(first.astype(np.float64) ** 2))
-    blocks = with_halves(blocks, format, [gain * half for half in sizes])
-    return blocks.reshape(*shape[:-1], -1)
 
 
 def write_gguf(

@@ -35,6 +35,11 @@ class Case(NamedCase):
     dtype: str = "bfloat16"
     lora_dtype: str = "float32"
     scaling: float = 2.0
+    dropout: float = 0.0
+
+
+# Of dropout, in all cases.
+SEED = np.array([3, 5], np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +122,23 @@ def reference_on(case: Case, base) -> dict[str, np.ndarray]:
     """y and the gradients of the float32 reference on other weights, `base`."""
     inputs = make_inputs(case)
     arrays = (inputs.x, inputs.w, inputs.lora, tuple(base), inputs.ids, inputs.grad_y)
-    return named_results(*_run_reference(*arrays, scaling=case.scaling))
+    return named_results(*_run_reference(*arrays, case.scaling, case.dropout))
 
 
 # The jitted functions below are the module's, so that tests share what is compiled.
-@functools.partial(jax.jit, static_argnames="scaling")
-def _run_reference(x, w, lora, base, ids, grad_y, *, scaling):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _run_reference(x, w, lora, base, ids, grad_y, scaling, dropout):
     x, w, lora, base, grad_y = jax.tree.map(
         lambda a: a.astype(jnp.float32), (x, w, lora, base, grad_y)
     )
 
     def layer(x, w, lora):
-        return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
+        return ktjax.reference.moe(
+            *(x, ids, w, *base, lora),
+            scaling=scaling,
+            dropout=dropout,
+            dropout_seed=SEED,
+        )
 
     y, pullback = jax.vjp(layer, x, w, lora)
     return y, pullback(grad_y)
@@ -143,22 +153,31 @@ def named_results(y, grads) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float64) for name, value in named.items()}
 
 
-def run_kernels(case: Case, store, policy: str = "save", compute: str | None = None):
+def run_kernels(
+    case: Case,
+    store,
+    policy: str = "save",
+    compute: str | None = None,
+    seed: np.ndarray = SEED,
+):
     """y and the gradients of `ktjax.moe`, raw."""
     inputs = make_inputs(case)
     return _run_kernels(
         store,
-        *(inputs.x, inputs.w, inputs.lora, inputs.ids, inputs.grad_y),
+        *(inputs.x, inputs.w, inputs.lora, inputs.ids, inputs.grad_y, seed),
+        dropout=case.dropout,
         scaling=case.scaling,
         activation_policy=policy,
         compute=compute,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scaling", "activation_policy", "compute"))
-def _run_kernels(store, x, w, lora, ids, grad_y, **options):
+@functools.partial(
+    jax.jit, static_argnames=("scaling", "activation_policy", "compute", "dropout")
+)
+def _run_kernels(store, x, w, lora, ids, grad_y, seed, **options):
     def layer(x, w, lora):
-        return ktjax.moe(x, ids, w, store, lora, **options)
+        return ktjax.moe(x, ids, w, store, lora, dropout_seed=seed, **options)
 
     y, pullback = jax.vjp(layer, x, w, lora)
     return y, pullback(grad_y)

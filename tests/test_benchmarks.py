@@ -15,7 +15,16 @@ import pytest
 from moe_cases import TOLERANCES
 
 import ktjax
-from benchmarks import cases, contenders, formats, linear, measure, run, shapes
+from benchmarks import (
+    cases,
+    contenders,
+    formats,
+    linear,
+    measure,
+    run,
+    shapes,
+    studies,
+)
 from benchmarks.cases import Case
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.worker import Worker, WorkerError
@@ -56,6 +65,11 @@ def test_bytes_of_a_known_layer():
         ("fp8_block", 4_718_592, 4 * 3 * 6 * 16),
         ("rawint4", 2_359_296, 2 * 147_456),
         ("mxfp4", 2_359_296, 147_456),
+        ("mxfp8", 4_718_592, 147_456),
+        ("q8_0", 4_718_592, 2 * 147_456),
+        # 144 and 210 bytes for 256 weights.
+        ("q4_k", 4_718_592 // 256 * 144, 0),
+        ("q4_k+q6_k", 12_288 * 144, 6_144 * 210),
     ],
 )
 def test_bytes_of_a_format_are_codes_scales_and_zeros(name, codes, scales):
@@ -66,7 +80,7 @@ def test_a_format_is_read_with_its_group_size_and_zero_points():
     assert formats.encoding("int4_kgroup/32/z") == ("int4_kgroup", 32, True)
     assert formats.encoding("int4_kgroup/64") == ("int4_kgroup", 64, False)
     assert formats.canonical("int4_kgroup") == "int4_kgroup/128"
-    for name in ("int8", "mxfp4", "int4_kgroup/32/z"):
+    for name in ("int8", "mxfp4", "int4_kgroup/32/z", "q8_0", "q4_k+q6_k"):
         assert formats.canonical(name) == name
 
 
@@ -77,6 +91,9 @@ def test_a_format_is_read_with_its_group_size_and_zero_points():
         ("int4/32", "expected None for format 'int4', got 32"),
         ("int4_kgroup/48", "expected one of .*, got 48"),
         ("int4_kgroup/z", "expected NAME, .* got 'int4_kgroup/z'"),
+        ("q4_k+int8", "only formats of GGUF mix"),
+        ("bf16+q4_k", "only formats of GGUF mix"),
+        ("q4_k/32", "expected one of .*, got 32"),
     ],
 )
 def test_a_format_that_is_not_there_is_an_error(text, message, capsys):
@@ -185,10 +202,11 @@ def reference(tokens: int, pass_name: str, format: str) -> dict[str, np.ndarray]
     batch = cases.batches(Case(TINY, tokens, pass_name, "ktjax", "save"))[-1]
     name, group_size, zero_point = formats.encoding(format)
     options = {"group_size": group_size or None, "zero_point": zero_point}
-    base = [
-        ktjax.quant.decode(ktjax.quant.encode(array, name, **options), name)
-        for _, array in cases.weights(TINY)
-    ]
+    base = []
+    for array in formats.weights(TINY, format).values():
+        blocks = isinstance(array, ktjax.Quantized)
+        stored = array if blocks else ktjax.quant.encode(array, name, **options)
+        base.append(ktjax.quant.decode(stored, name))
     lora = None
     if pass_name != "forward":
         lora = ktjax.LoRA(**cases.lora(TINY, RANK))
@@ -250,14 +268,19 @@ def test_ktjax_computes_the_same_in_each_format(use_pool):
     contender = contenders.create("ktjax")
     try:
         contender.load(TINY)
-        contender.hold(STORED)
+        contender.hold([*STORED, "q8_0"])
         for format in STORED:
             case = Case(TINY, 9, "train", "ktjax", "save", RANK, format=format)
             check_results(case, contender.prepare(case))
+        for format in (*STORED, "q8_0"):
+            computes = ["bf16"]
             if formats.encoding(format).spec.int8_compute:
-                case = Case(TINY, 9, "forward", "ktjax", "save", format=format)
-                case = dataclasses.replace(case, compute="int8")
-                check_results(case, contender.prepare(case))
+                computes.append("int8")
+            for compute in computes:
+                for variant in ("save", "eager"):
+                    case = Case(TINY, 9, "forward", "ktjax", variant, format=format)
+                    case = dataclasses.replace(case, compute=compute)
+                    check_results(case, contender.prepare(case))
         contender.hold(["mxfp4"])
         case = Case(TINY, 9, "forward", "ktjax", "save", format="int8")
         with pytest.raises(RuntimeError, match="format 'int8', got bf16, mxfp4"):
@@ -421,11 +444,70 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     profiled = [profile["pass_name"] for profile in found["profiles"]]
     assert profiled == ["forward", "train", "train"]  # save and recompute
     for profile in found["profiles"]:
-        assert profile["phase_ms"]
-        assert 0 < sum(profile["phase_ms"].values()) <= profile["wall_ms"]
+        # Kinds of work are parts of phases, waiting for another thread among them.
+        phases = [
+            milliseconds
+            for name, milliseconds in profile["phase_ms"].items()
+            if not name.startswith("in phases: ")
+        ]
+        assert 0 < sum(phases) <= profile["wall_ms"]
 
 
 XLA = ("xla padded f32", "xla scan f32")
+
+
+def test_every_inference_method_is_timed():
+    chosen = studies.inference_methods()
+    names = [name.split()[0] for names in chosen for name in names.split(", ")]
+    assert set(names) == ktjax.KTMoEWrapper.INFERENCE_METHODS
+    assert len(set(chosen.values())) == len(chosen)  # nothing is timed twice
+    assert chosen["AMXINT4, MOE_INT4"] == ("int4", "int8")
+    assert chosen["GPTQ_INT4"] == ("int4_kgroup/128", "int8")
+    assert chosen["LLAMAFILE q4_k+q6_k"] == ("q4_k+q6_k", "bf16")
+    for text, _ in chosen.values():
+        assert formats.expert_bytes(SHAPES["S1"], text) > 0
+        formats.check_sizes(SHAPES["S1"], text)
+
+
+def test_methods(tmp_path, monkeypatch, capsys):
+    # Half of the K-quants' block: those methods are left out.
+    small = Shape("small", "no model", experts=4, k=2, hidden=256, intermediate=128)
+    monkeypatch.setitem(SHAPES, "small", small)
+    monkeypatch.setattr(measure, "PEAK_SAMPLES", 1)
+    monkeypatch.setattr(measure, "PEAK_SECONDS", 0.01)
+    path = tmp_path / "results.json"
+    run.main(
+        "--shapes small --tokens 1,8 --peers  --rounds 1 --studies methods "
+        f"--json {path}".split(" ")
+    )
+    printed = capsys.readouterr().out
+    assert "LLAMAFILE q4_k+q6_k left out: shape small: intermediate" in printed
+    decode, prefill = json.loads(path.read_text())["groups"]
+    assert decode["title"] == "small, 1 token, cold experts, inference methods"
+    chosen = {
+        name: method
+        for name, method in studies.inference_methods().items()
+        if f"{name} left out" not in printed
+    }
+    assert "LLAMAFILE q8_0" in chosen
+    names = [row["contender"] for row in decode["rows"]]
+    assert names == [row for name in chosen for row in (name, f"{name}, eager")]
+    assert [row["contender"] for row in prefill["rows"]] == list(chosen)
+    for group in (decode, prefill):
+        peaks = group["peaks"]
+        for row in group["rows"]:
+            text, compute = chosen[row["contender"].removesuffix(", eager")]
+            assert (row["format"], row["compute"]) == (text, compute)
+            share = row["int8_peak_share"]
+            assert (share is None) == (compute == "bf16")
+            assert share is None or share * peaks["int8_gops"] == row["gflops"]
+            case = Case(small, row["tokens"], "forward", "ktjax", "save")
+            experts = case.distinct_experts
+            gbs = experts * formats.expert_bytes(small, text) / row["median_ms"] / 1e6
+            assert row["weight_gbs"] == pytest.approx(gbs)
+            bandwidth = row["read_bandwidth_share"] * peaks["dram_read_gbs"]
+            assert bandwidth == pytest.approx(gbs)
+    assert "% INT8 peak" in printed
 
 
 def test_formats_need_a_pass_that_they_are_timed_in(capsys):

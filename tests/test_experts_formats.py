@@ -24,6 +24,7 @@ STORED = [
     Encoding.of("fp8_channel"),
     Encoding.of("rawint4"),
     Encoding.of("mxfp4"),
+    Encoding.of("mxfp8"),
 ]
 AT = "model.layers.0.mlp.experts"
 
@@ -96,6 +97,17 @@ def test_scale_vectors_and_columns_are_the_same(write):
         np.testing.assert_array_equal(a.scales, b.scales)
 
 
+def test_e8m0_scales_in_their_own_dtype(write):
+    tensors = expert_tensors(matrices(), Encoding.of("mxfp8"))
+    own = {
+        key: t.view(ml_dtypes.float8_e8m0fnu) if key.endswith("scale") else t
+        for key, t in tensors.items()
+    }
+    a, b = (read_experts(write(t), 0, 3).down for t in (tensors, own))
+    assert b.scales.dtype == np.uint8
+    np.testing.assert_array_equal(a.scales, b.scales)
+
+
 def test_groups_of_32_with_float_scales(write):
     encoding = Encoding.of("int4_kgroup", 32)
     assert stored(encoding, write).encoding == encoding
@@ -141,6 +153,19 @@ def test_damaged_checkpoints(write):
     plain = {**fp8, f"{first}.weight": matrices()[0][0]}
     refused(plain, write, "expected one storage format")
 
+    mx = expert_tensors(matrices(), Encoding.of("mxfp8"))
+    scale = f"{first}.weight_scale"
+    refused(
+        {**mx, scale: mx[scale][:, :1]},
+        write,
+        r"or of 32 depths in E8M0, of .*\[128, 64\], got uint8\[128, 1\]",
+    )
+    refused(
+        {**mx, f"{first}.weight": np.ones((128, 64), np.int8)},
+        write,
+        r"a scale for every row of int8\[128, 64\], got uint8\[128, 2\]",
+    )
+
     packed = expert_tensors(matrices(), Encoding.of("rawint4"))
     refused(
         {**packed, f"{AT}.1.up_proj.weight_shape": np.array([128, 32])},
@@ -160,7 +185,6 @@ def test_damaged_checkpoints(write):
         for key, value in packed.items()
     }
     refused(few, write, r"got one for every \[32.0, 64.0\]")
-    refused({f"{first}.qweight": np.zeros(3)}, write, "GPTQ and AWQ are not read")
     other = f"{AT}.2.down_proj.weight_scale"
     refused(
         {**packed, other: packed[other][:, :2]},

@@ -7,10 +7,11 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_cases import NUMBERS, Tensor, random_blocks, tensor, write_gguf
+from gguf_cases import NUMBERS, Tensor, tensor, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.blocks import random_blocks
 from ktjax.io import CheckpointError, GGUFCheckpoint
 from ktjax.io.gguf import GGUFFile, is_gguf
 from ktjax.io.gguf_header import TYPES

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import warnings
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
-from gguf_cases import BLOCKS, Tensor, random_blocks, tensor, write_gguf
+from gguf_cases import BLOCKS, Tensor, tensor, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_support import make, reference, tokens
-from wrapper_support import arguments, assert_close
+from wrapper_support import arguments, assert_close, check_training
 
-import ktjax
+from benchmarks.blocks import random_blocks
 from ktjax import quant
 from ktjax.experts import KTMoEWrapper
 from ktjax.experts_load import make_store
@@ -53,9 +51,9 @@ def values_of(array, format):
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def layer(gate="q4_k", down="q6_k", layout="merged", index=0):
+def layer(gate="q4_k", down="q6_k", layout="merged", index=0, up=None):
     """The tensors of a layer, and its values."""
-    formats = {"gate": gate, "up": gate, "down": down}
+    formats = {"gate": gate, "up": up or gate, "down": down}
     arrays = {name: matrix(name, format) for name, format in formats.items()}
     values = [values_of(arrays[name], formats[name]) for name in arrays]
 
@@ -112,6 +110,28 @@ def test_layouts_and_types(tmp_path, layout, gate, down):
         assert [weights.encodings[i].format for i in (0, 2)] == encodings
 
 
+@pytest.mark.parametrize("layout", ["merged", "split"])
+@pytest.mark.parametrize(
+    ("gate", "up", "down"),
+    [("q4_k", "q6_k", "q5_k"), (np.float16, ml_dtypes.bfloat16, "q8_0")],
+)
+def test_types_of_gate_and_up_may_differ(tmp_path, layout, gate, up, down):
+    path, values = write(tmp_path, gate, down, layout, up=up)
+    for order in (None, [2, 0, 3, 3]):
+        weights = read(path, order)
+        for got, want in zip(weights.dequantize(), values, strict=True):
+            want = want if order is None else want[order]
+            np.testing.assert_array_equal(got.astype(np.float32), want)
+    wrapper = loaded(path, "GGUF_SFT")
+    store = store_of(wrapper)
+    got = (store.format, store.up_format, store.down_format)
+    assert got == tuple(f if f in BLOCKS else "bf16" for f in (gate, up, down))
+    for array, value in zip(store.dequantize(), values, strict=True):
+        np.testing.assert_array_equal(array, value)
+    if gate in BLOCKS:
+        check_training(wrapper, *inputs(), values)
+
+
 def test_blocks_stay_in_the_file(tmp_path):
     path, _ = write(tmp_path, "q4_k", ml_dtypes.bfloat16)
     weights = read(path)
@@ -145,8 +165,8 @@ def test_files_that_do_not_fit(tmp_path):
     refused(KeyError, "no tensor .*ffn_up_exps", drop=["blk.0.ffn_up_exps.weight"])
     refused(KeyError, "no tensor .*ffn_down_exps", drop=["blk.0.ffn_down_exps.weight"])
     refused(CheckpointError, "ffn_down_exps.weight: expected experts of", down_exps=q4)
-    q8 = tensor(matrix("up", "q8_0"), "q8_0")
-    refused(CheckpointError, "is Q8_0 and .* Q4_K: gate and up", up_exps=q8)
+    f16 = tensor(matrix("up", np.float16))
+    refused(CheckpointError, "is F16 and .* Q4_K: .* both be in bl", up_exps=f16)
     iq2 = Tensor(16, (EXPERTS, HIDDEN, INNER), bytes(EXPERTS * HIDDEN * 2 * 66))
     refused(CheckpointError, "down_exps.weight: experts of type IQ2_XXS", down_exps=iq2)
     odd = tensor(random_blocks("q4_k", (EXPERTS, 33, HIDDEN)), "q4_k")
@@ -211,28 +231,7 @@ def test_experts_on_an_accelerator(tmp_path):
 def test_training(tmp_path):
     path, values = write(tmp_path)
     wrapper = loaded(path, "GGUF_SFT")
-    wrapper.init_lora_weights(rngs=nnx.Rngs(0))
-    for name in ("gate", "up", "down"):
-        b = getattr(wrapper, f"{name}_lora_b")
-        b.set_value(0.05 * jax.random.normal(jax.random.key(1), b.shape))
-    x, ids, w = map(jnp.asarray, inputs())
-    y = wrapper.forward_sft(x, ids, w)
-
-    def function(x, w, lora):
-        x = x.astype(jnp.float32)
-        base = map(jnp.asarray, values)
-        scaling = wrapper.lora_scaling
-        return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
-
-    want, pullback = jax.vjp(function, x, w, wrapper.lora)
-    assert_close(y, want)
-    grad_y = jax.random.normal(jax.random.key(2), y.shape, jnp.bfloat16)
-    grad_x, grad_w, grad_lora = pullback(grad_y.astype(jnp.float32))
-    got_x, got_lora = wrapper.backward(grad_y)
-    assert_close(got_x, grad_x)
-    assert_close(wrapper.grad_weights, grad_w)
-    for got, value in zip(got_lora.values(), grad_lora.arrays(), strict=True):
-        assert_close(got, value)
+    check_training(wrapper, *inputs(), values)
 
 
 def test_a_method_of_another_format_quantises_again(tmp_path):
@@ -263,7 +262,16 @@ def test_what_was_saved_of_a_gguf_file_is_loaded(tmp_path):
 
 
 def test_half_of_a_mix_is_not_kept(tmp_path):
-    """A store that takes one of the two formats takes neither as it is."""
+    """A store that takes one of the formats takes none as it is."""
+    path, values = write(tmp_path, "q4_k", "q4_k", up="q6_k")
+    with make_store(read(path), ["bf16"], where="test") as store:
+        for got, value in zip(store.dequantize(), values, strict=True):
+            np.testing.assert_array_equal(got, value)
+    with (
+        pytest.warns(UserWarning, match="stored as q4_k are quantised again as int8"),
+        make_store(read(path), ["int8"], where="test") as store,
+    ):
+        assert {store.format, store.up_format, store.down_format} == {"int8"}
     for gate, down in (("q4_k", ml_dtypes.bfloat16), (np.float32, "q4_k")):
         path, values = write(tmp_path, gate, down)
         with make_store(read(path), ["bf16"], where="test") as store:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ISAS
-from gguf_cases import BLOCKS, halves, random_blocks, with_halves
+from gguf_cases import BLOCKS, halves
 from moe_cases import (
     Case,
     assert_close,
@@ -20,6 +20,7 @@ from moe_cases import (
 )
 
 import ktjax
+from benchmarks.blocks import random_blocks, with_halves
 from ktjax import quant
 from ktjax.quant import FORMATS, Quantized
 
@@ -33,9 +34,9 @@ def shapes(experts, hidden, intermediate):
     return wide, wide, (experts, hidden, intermediate)
 
 
-def blocks_of(format, down=None, experts=3, hidden=256, intermediate=512):
+def blocks_of(format, down=None, experts=3, hidden=256, intermediate=512, up=None):
     """gate, up and down in their blocks."""
-    formats = (format, format, down or format)
+    formats = (format, up or format, down or format)
     sizes = shapes(experts, hidden, intermediate)
     return [
         Quantized(random_blocks(name, shape, seed))
@@ -102,7 +103,7 @@ def test_stores_have_these_values_rounded_once(use_pool, isa):
         with make(*arrays, format=format) as store:
             assert_values(store, arrays, [format] * 3)
             group = FORMATS[format].group
-            assert store.geometry == (format, 1, 256, 512, group, False, None)
+            assert store.geometry == (format, 1, 256, 512, group, False, None, None)
 
 
 @pytest.mark.parametrize("subpools", [2, 3])
@@ -142,6 +143,46 @@ def test_formats_mix(use_pool):
         assert_values(store, few, ["q4_k", "q4_k", "q8_0"])
 
 
+# gate, up and down: 8 and 4 bits, minima and none, tables, halves for 32 and for 256.
+MIXES = [
+    ("q4_k", "q6_k", "q5_k"),
+    ("q8_0", "q4_0", "q8_0"),
+    ("iq4_nl", "q5_1", "q4_1"),
+    ("q2_k", "q3_k", "q2_k"),
+    ("q6_k", "iq4_xs", "q6_k"),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gate_and_up_mix(use_pool, isa):
+    use_pool(isa, threads=1, subpools=2)
+    for gate, up, down in MIXES:
+        arrays = blocks_of(gate, down, up=up)
+        options = {"format": gate, "up_format": up, "down_format": down}
+        with make(*arrays, **options) as store:
+            assert_values(store, arrays, [gate, up, down])
+            assert (store.up_format, store.down_format) == (up, down)
+            size = sum(q.values.nbytes for q in arrays)
+            assert size <= store.nbytes <= 1.10 * size, (gate, up, down)
+    arrays = blocks_of("q8_0", "q5_0", up="q4_0", hidden=96, intermediate=160)
+    options = {"format": "q8_0", "up_format": "q4_0", "down_format": "q5_0"}
+    with make(*arrays, **options) as store:
+        assert_values(store, arrays, ["q8_0", "q4_0", "q5_0"])
+
+
+@pytest.mark.parametrize(("gate", "up", "down"), MIXES[:2])
+def test_mixes_match_the_reference(use_pool, gate, up, down):
+    use_pool()
+    for case in CASES:
+        check(case, gate, down, up=up)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_mix_matches_the_reference_on_every_isa(use_pool, isa):
+    use_pool(isa, threads=1, subpools=2)
+    check(CASES[1], "q4_k", "q5_k", "recompute", up="q6_k")
+
+
 def test_memory_is_that_of_the_blocks(use_pool):
     use_pool()
     for format in BLOCKS:
@@ -160,13 +201,14 @@ CASES = [
 ]
 
 
-def store_of(case, format, down=None):
-    arrays = blocks_of(format, down, case.experts, case.hidden, case.intermediate)
-    return make(*arrays, format=format, down_format=down)
+def store_of(case, format, down=None, up=None):
+    sizes = (case.experts, case.hidden, case.intermediate)
+    arrays = blocks_of(format, down, *sizes, up=up)
+    return make(*arrays, format=format, up_format=up, down_format=down)
 
 
-def check(case, format, down=None, policy="save"):
-    with store_of(case, format, down) as store:
+def check(case, format, down=None, policy="save", up=None):
+    with store_of(case, format, down, up) as store:
         got = named_results(*run_kernels(case, store, policy))
         want = reference_on(case, store.dequantize())
     exact = case.dtype == case.lora_dtype == "float32"
@@ -268,6 +310,9 @@ def test_bad_arrays(use_pool):
         (arrays, {"down_format": "bf16"}, TypeError, "down: expected arrays in format"),
         (arrays, {"down_format": "int8"}, ValueError, "down_format: .* mixed among"),
         (arrays, {"down_format": "q9"}, ValueError, "down_format: .* mixed among"),
+        (arrays, {"up_format": "bf16"}, ValueError, "up_format: .* got 'bf16'"),
+        (arrays, {"up_format": "int8"}, ValueError, "up_format: .* got 'int8'"),
+        (arrays, {"up_format": "q6_k"}, ValueError, "up: expected shape .*'q6_k'"),
         (arrays, {"group_size": 32}, ValueError, r"expected one of \[256\]"),
         (
             arrays,
@@ -286,6 +331,8 @@ def test_bad_arrays(use_pool):
         make(*short, format="q4_k")
     with pytest.raises(ValueError, match="format: formats can only be mixed"):
         make(floats, floats, down, format="int8", down_format="q4_k")
+    with pytest.raises(ValueError, match=r"format: formats can only .* got 'bf16'"):
+        make(floats, up, down, format="bf16", up_format="q4_k")
 
 
 def test_nothing_is_quantised_to_them(use_pool):

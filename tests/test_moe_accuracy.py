@@ -33,12 +33,18 @@ CASES = [
     Case(tokens=33, rank=64, hidden=96, intermediate=160, dtype="float32"),
     Case(tokens=20, rank=8, dtype="float32", lora_dtype="bfloat16"),
     Case(tokens=20, rank=8, lora_dtype="bfloat16"),
+    Case(tokens=1, experts=8, k=8, rank=1, dropout=0.5),
+    Case(tokens=33, k=2, rank=5, hidden=41, intermediate=23, dropout=0.1),
+    Case(tokens=64, k=2, rank=64, hidden=192, intermediate=160, dropout=0.3),
+    Case(tokens=110, experts=12, intermediate=96, routing="ragged", dropout=0.3),
+    Case(tokens=33, rank=5, hidden=96, intermediate=160, dtype="float32", dropout=0.3),
 ]
 # Cases that need many rows: on the fast paths only.
 LARGE_CASES = [
     Case(tokens=1300, k=1, rank=8, routing="one", hidden=96),  # several row blocks
     Case(tokens=70, k=2, rank=256, hidden=128, intermediate=128),
     Case(tokens=1500, experts=16, k=4, rank=16, hidden=64, intermediate=2560),  # groups
+    Case(tokens=1500, experts=4, rank=16, hidden=64, intermediate=2560, dropout=0.1),
 ]
 
 
@@ -66,7 +72,9 @@ def test_matches_reference_with_many_rows(use_pool, case):
 
 @pytest.mark.parametrize("subpools", [2, 3])
 @pytest.mark.parametrize(
-    "case", [CASES[4], CASES[7], CASES[12], LARGE_CASES[2]], ids=str
+    "case",
+    [CASES[4], CASES[7], CASES[12], *CASES[-3:], LARGE_CASES[2]],
+    ids=str,
 )
 def test_matches_reference_in_slices(use_pool, case, subpools):
     use_pool(threads=1, subpools=subpools)
@@ -74,7 +82,7 @@ def test_matches_reference_in_slices(use_pool, case, subpools):
     check(case, "recompute")
 
 
-@pytest.mark.parametrize("case", [*CASES, LARGE_CASES[2]], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE_CASES[2:]], ids=str)
 def test_recomputed_activations_give_the_same_bits(use_pool, case):
     use_pool()
     with ktjax.ExpertStore.from_arrays(*make_inputs(case).base) as store:

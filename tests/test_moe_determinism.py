@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import ktjax
 CASE = Case(
     tokens=150, experts=6, k=3, rank=16, hidden=160, intermediate=224, routing="random"
 )
+DROPOUT = dataclasses.replace(CASE, dropout=0.3)
 
 
 def bits(case=CASE):
@@ -20,22 +23,24 @@ def bits(case=CASE):
         return [np.asarray(a).copy() for a in jax.tree.leaves(run_kernels(case, store))]
 
 
+@pytest.mark.parametrize("case", [CASE, DROPOUT], ids=str)
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
-def test_any_number_of_threads(use_pool, isa):
+def test_any_number_of_threads(use_pool, isa, case):
     results = []
     for threads in (1, 2, 3, 5):
         use_pool(isa, threads)
-        results.append(bits())
+        results.append(bits(case))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_any_number_of_threads_per_slice(use_pool):
+@pytest.mark.parametrize("case", [CASE, DROPOUT], ids=str)
+def test_any_number_of_threads_per_slice(use_pool, case):
     results = []
     for threads in (1, 2):
         use_pool(threads=threads, subpools=2)
-        results.append(bits())
+        results.append(bits(case))
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -41,6 +41,7 @@ CASES = [
         tokens=110, experts=12, rank=5, hidden=128, intermediate=128, routing="ragged"
     ),
     Case(tokens=20, rank=8, hidden=128, intermediate=256, dtype="float32"),
+    Case(tokens=20, rank=8, hidden=128, intermediate=256, dropout=0.3),
 ]
 # Sizes that panels and tiles do not divide; by the depth that a format's groups need.
 TAILS = {
@@ -84,6 +85,7 @@ def test_matches_reference_on_every_isa(use_pool, isa, encoding):
     use_pool(isa)
     check(CASES[1], encoding)
     check(tail(encoding), encoding)
+    check(CASES[-1], encoding)
 
 
 @pytest.mark.parametrize("encoding", QUANTIZED, ids=encoding_id)
@@ -103,7 +105,7 @@ def test_matches_reference_in_slices(use_pool, subpools, encoding):
 @pytest.mark.parametrize("encoding", QUANTIZED, ids=encoding_id)
 def test_recomputed_activations_give_the_same_bits(use_pool, encoding):
     use_pool()
-    for case in (CASES[1], tail(encoding)):
+    for case in (CASES[1], tail(encoding), CASES[-1]):
         with store_of(case, encoding) as store:
             saved = run_kernels(case, store, "save")
             recomputed = run_kernels(case, store, "recompute")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -16,6 +17,7 @@ from flax.nnx import bridge
 import ktjax
 from ktjax.experts import KTMoEWrapper
 from ktjax.nn import (
+    AdapterDropout,
     CorrectionBias,
     MoELayer,
     ReferenceExperts,
@@ -78,8 +80,9 @@ def make_layer(experts, **kwargs):
     )
 
 
-def make_experts(source, rank=RANK):
+def make_experts(source, rank=RANK, dropout=0.0):
     kwargs = {"lora_rank": rank, "lora_alpha": 8.0, "rngs": nnx.Rngs(2)}
+    kwargs |= {"dropout": dropout}
     if isinstance(source, tuple):
         return ReferenceExperts(*source, **kwargs)
     return RoutedExperts(source, **kwargs)
@@ -297,6 +300,61 @@ def test_remat_gives_the_same_gradients(store, x):
         np.testing.assert_allclose(
             a[...], b[...], rtol=1e-5, atol=1e-9, err_msg=str(path)
         )
+
+
+def test_dropout_is_switched_and_counted_as_flax_does(store, weights, x):
+    layers = [
+        make_layer(randomize_b(make_experts(source, dropout=0.3)))
+        for source in (store, weights)
+    ]
+    plain = make_layer(randomize_b(make_experts(store)))(x)[0]
+    run = nnx.jit(lambda layer, x: layer(x)[0])
+    for layer in layers:
+        assert not layer.experts.dropout.deterministic
+    # Both kinds of experts draw the same masks, call after call.
+    calls = [[run(layer, x) for _ in range(2)] for layer in layers]
+    for one, two in zip(*calls, strict=True):
+        assert relative(one, two) < 1e-4
+        assert relative(one, plain) > 1e-2
+    assert relative(*calls[0]) > 1e-2
+    for layer in layers:
+        assert int(layer.experts.dropout.rngs.count[...]) == 2
+        layer.eval()
+        assert relative(run(layer, x), plain) < 1e-4
+        assert int(layer.experts.dropout.rngs.count[...]) == 2
+        view = nnx.view(layer, deterministic=False)
+        assert relative(view(x)[0], plain) > 1e-2
+        layer.train()
+        assert relative(run(layer, x), plain) > 1e-2
+    np.testing.assert_array_equal(
+        run(nnx.view(layers[0], deterministic=True), x), plain
+    )
+
+
+def test_remat_with_dropout_gives_the_same_gradients(store, x):
+    grads = []
+    for f in (loss_of, nnx.remat(loss_of)):
+        layer = make_layer(randomize_b(make_experts(store, dropout=0.3)))
+        grads.append(
+            nnx.jit(nnx.grad(f, argnums=nnx.DiffState(0, nnx.LoRAParam)))(layer, x)
+        )
+        assert int(layer.experts.dropout.rngs.count[...]) == 1
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
+
+
+def test_dropout_of_nothing_and_out_of_range(store, weights):
+    for make in (
+        functools.partial(RoutedExperts, store),
+        functools.partial(ReferenceExperts, *weights),
+    ):
+        with pytest.raises(ValueError, match=r"needs a lora_rank, got a rate of 0\.1"):
+            make(dropout=0.1, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="experts: dropout: expected a rate of"):
+            make(lora_rank=4, dropout=1.0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="here: dropout needs rngs to draw seeds from"):
+        AdapterDropout(0.1, rngs=None, where="here")
+    assert not jax.tree.leaves(nnx.state(make_experts(store), nnx.RngState))
 
 
 def test_layers_stack_under_scan(weights, x):

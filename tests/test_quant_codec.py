@@ -74,6 +74,30 @@ def test_e8m0_scales_are_those_of_ml_dtypes():
     assert not quant.decode(Quantized(q.values[:1], codes[:1, None] * 0), "mxfp4").any()
 
 
+def test_mxfp8_is_e4m3_times_powers_of_two():
+    """Every code at every scale, by the dtypes of ml_dtypes."""
+    finite = np.array([*range(0x7F), *range(0x80, 0xFF)], np.uint8)
+    values = np.resize(finite, (254, 256)).view(ml_dtypes.float8_e4m3fn)
+    scales = np.arange(1, 255, dtype=np.uint8).repeat(8).reshape(254, 8)
+    got = quant.decode(Quantized(values, scales), "mxfp8")
+    with np.errstate(over="ignore"):
+        powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+        want = values.astype(np.float64) * powers.repeat(32, axis=1)
+        want = np.where(np.abs(want) < 2.0**-126, 0, want).astype(np.float32)
+        np.testing.assert_array_equal(got, bfloat16_values(want))
+
+
+def test_mxfp8_scales_follow_the_largest_of_32():
+    w = np.zeros((1, 96), np.float32)
+    w[0, :3] = [448, -3, 0.4]
+    w[0, 32:34] = [500, -511]  # beyond 448: saturated, as the specification has it
+    w[0, 64] = 2.0**-20
+    q = quant.encode(w, "mxfp8")
+    assert (q.scales.astype(int) - 127).tolist() == [[0, 0, -28]]
+    got = q.values.astype(np.float32)
+    assert got[0, [0, 1, 2, 32, 33, 64]].tolist() == [448, -3, 0.40625, 448, -448, 256]
+
+
 @pytest.mark.parametrize("encoding", QUANTIZED, ids=encoding_id)
 def test_plain_arrays(encoding):
     q = encode(gaussian((3, 130, 256)), encoding)
@@ -198,7 +222,7 @@ def test_fp8_blocks_at_the_edges():
         np.testing.assert_array_equal(got.view(np.uint8), codes.view(np.uint8))
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "fp8_channel", "mxfp4"])
+@pytest.mark.parametrize("name", ["fp8_block", "fp8_channel", "mxfp4", "mxfp8"])
 def test_representable_weights_are_exact(name):
     rng = np.random.default_rng(0)
     finite = np.array([*range(0x7F), *range(0x80, 0xFF)], np.uint8)
@@ -226,7 +250,7 @@ def test_zeros_and_denormals(encoding):
         return
     assert not values.any()
     q = encode(w, encoding)
-    assert not (q.scales != (127 if encoding.format == "mxfp4" else 0)).any()
+    assert not (q.scales != (127 if encoding.spec.scale == "e8m0" else 0)).any()
 
 
 @pytest.mark.parametrize("encoding", QUANTIZED, ids=encoding_id)
@@ -297,7 +321,8 @@ def test_encode_refuses():
 # Relative L2 errors of Gaussian weights, depth 2048. Uniform steps of s give
 # s / sqrt(12): for int8, amax = 3.5 sigma over such a row and s = 3.5 / 127, 0.008. The
 # best 15 uniform levels leave 0.11 (Max, 1960). E4M3 has 3 bits of mantissa: steps of
-# 2^-3 of the power of two below, 0.026 on average.
+# 2^-3 of the power of two below, 0.026 on average; MXFP8 also saturates the largest of
+# 32 where it is in the upper quarter of its binade, by up to an eighth.
 LIMITS = {
     "bf16": 0.002,
     "int8": 0.01,
@@ -312,6 +337,7 @@ LIMITS = {
     "fp8_channel": 0.028,
     "rawint4": 0.10,
     "mxfp4": 0.13,
+    "mxfp8": 0.031,
 }
 
 

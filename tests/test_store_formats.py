@@ -49,7 +49,15 @@ def test_values_are_those_of_the_codec(use_pool, isa, encoding):
         assert store.format == encoding.format
         assert store.group_size == encoding.group_size
         assert store.zero_point == encoding.zero_point
-        assert store.geometry == (encoding.format, 3, 128, 256, *encoding[1:], None)
+        assert store.geometry == (
+            encoding.format,
+            3,
+            128,
+            256,
+            *encoding[1:],
+            None,
+            None,
+        )
 
 
 @pytest.mark.parametrize("subpools", [1, 2, 3])
@@ -95,7 +103,7 @@ def test_slices_hold_whole_groups(use_pool):
 
 
 @pytest.mark.parametrize("hidden", [32, 96, 160])
-@pytest.mark.parametrize("name", ["int4_kgroup", "rawint4", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4_kgroup", "rawint4", "mxfp4", "mxfp8"])
 def test_values_of_groups_beside_tiles(use_pool, hidden, name):
     use_pool()
     encoding = Encoding.of(name, 32)
@@ -128,7 +136,7 @@ def test_ties_have_the_values_of_the_codec(use_pool, encoding):
     use_pool()
     # Multiples of halves and quarters of a step, with an amax that makes the step 1.
     rng = np.random.default_rng(0)
-    amax = {"int8": 127, "fp8_block": 448, "fp8_channel": 448, "mxfp4": 6}
+    amax = {"int8": 127, "fp8_block": 448, "fp8_channel": 448, "mxfp4": 6, "mxfp8": 448}
     top = amax.get(encoding.format, 7)
     base = [rng.integers(-4 * top, 4 * top, w.shape) / np.float32(4) for w in weights()]
     for w in base:

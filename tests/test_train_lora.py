@@ -55,7 +55,7 @@ def test_patterns_and_scalings():
         ({"rank_pattern": {"x": 0}}, r"rank_pattern\['x'\] must be positive, got 0"),
         ({"rank_pattern": {"x": 257}}, r"rank_pattern\['x'\] must be at most 256"),
         ({"alpha_pattern": {"x": -1.0}}, r"alpha_pattern\['x'\] must be positive"),
-        ({"dropout": 0.1}, r"lora_dropout must be 0, got 0\.1: the kernels read one"),
+        ({"dropout": 1.0}, r"lora_dropout must be at least 0 and below 1, got 1\.0"),
     ],
 )
 def test_what_a_configuration_cannot_say(changes, words):

@@ -7,44 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from demo_cases import gradient, load
 from flax import nnx
 from train_standin import make_config
 
 from ktjax import assets
-from ktjax.config import LoRAConfig
-from ktjax.models import ModelConfig, from_pretrained
+from ktjax.models import ModelConfig
 from ktjax.train import Batcher, Example, make_train_step, plan_program, split_model
 from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import init_state
-
-
-def load(**kwargs):
-    model = from_pretrained(
-        assets.demo_model(), dtype=jnp.float32, lora=LoRAConfig(4, 8.0), **kwargs
-    )
-    # B away from zero, or A would have no gradient.
-    lora = nnx.state(model, nnx.LoRAParam)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    nnx.update(
-        model,
-        jax.tree.map(lambda a: 0.05 * jax.random.normal(next(keys), a.shape), lora),
-    )
-    return model
-
-
-def gradient(model, ids):
-    graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-
-    @jax.jit
-    def run(lora, rest):
-        def loss(lora):
-            logits = nnx.merge(graph, lora, rest)(ids)
-            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
-
-        return jax.value_and_grad(loss)(lora)
-
-    # Read before anybody closes the stores.
-    return jax.tree.map(np.asarray, run(lora, rest))
 
 
 @pytest.mark.parametrize("policy", ["save", "recompute"])

@@ -60,10 +60,12 @@ def test_method_sets():
         "BF16",
         "FP8",
         "FP8_PERCHANNEL",
+        "GPTQ_INT4",
         "LLAMAFILE",
         "MOE_INT4",
         "MOE_INT8",
         "MXFP4",
+        "MXFP8",
         "RAWINT4",
     ]
     assert sorted(KTMoEWrapper.SFT_METHODS) == [
@@ -73,6 +75,7 @@ def test_method_sets():
         "AMXINT4_SFT",
         "AMXINT8_SFT",
         "AMXMXFP4_SFT",
+        "AMXMXFP8_SFT",
         "GGUF_SFT",
         "RAWINT4_SFT",
     ]
@@ -87,15 +90,16 @@ def test_method_must_belong_to_the_mode():
     with refuses(
         ValueError,
         "Method 'AMXBF16_SFT' is not supported in inference mode. Supported methods: "
-        "['AMXINT4', 'AMXINT8', 'BF16', 'FP8', 'FP8_PERCHANNEL', 'LLAMAFILE', "
-        "'MOE_INT4', 'MOE_INT8', 'MXFP4', 'RAWINT4']",
+        "['AMXINT4', 'AMXINT8', 'BF16', 'FP8', 'FP8_PERCHANNEL', "
+        "'GPTQ_INT4', 'LLAMAFILE', 'MOE_INT4', 'MOE_INT8', 'MXFP4', "
+        "'MXFP8', 'RAWINT4']",
     ):
         KTMoEWrapper(**arguments(mode="inference"))
     with refuses(
         ValueError,
         "Method 'AMXINT4' is not supported in SFT mode. Supported methods: "
         "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
-        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'AMXMXFP8_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
     ):
         KTMoEWrapper(**arguments(method="AMXINT4"))
 
@@ -175,7 +179,7 @@ def test_wrapper_class_refuses_unknown_method():
         ValueError,
         "Unsupported method: FP8. Supported methods: "
         "['AMXBF16_SFT', 'AMXFP8_SFT', 'AMXINT4_KGroup_SFT', 'AMXINT4_SFT', "
-        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
+        "'AMXINT8_SFT', 'AMXMXFP4_SFT', 'AMXMXFP8_SFT', 'GGUF_SFT', 'RAWINT4_SFT']",
     ):
         AMXSFTMoEWrapper(**sizes, method="FP8")
 

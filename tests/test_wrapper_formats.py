@@ -27,6 +27,7 @@ METHODS = {
     "AMXFP8_SFT": Encoding.of("fp8_block"),
     "RAWINT4_SFT": Encoding.of("rawint4"),
     "AMXMXFP4_SFT": Encoding.of("mxfp4"),
+    "AMXMXFP8_SFT": Encoding.of("mxfp8"),
     "GGUF_SFT": Encoding.of("bf16"),
 }
 INTEGER = ["AMXINT8_SFT", "AMXINT4_SFT", "AMXINT4_KGroup_SFT"]
@@ -61,7 +62,7 @@ def assert_encoded(wrapper, base, encoding):
         HIDDEN,
         INNER,
         *encoding[1:],
-        None,
+        *(None, None),
     )
     for got, w in zip(values(wrapper), base, strict=True):
         want = ktjax.quant.decode(encode(w, encoding), encoding.format)
@@ -216,6 +217,7 @@ def test_checkpoints_in_bfloat16(tmp_path, method):
         ("AMXFP8_SFT", Encoding.of("fp8_channel")),
         ("RAWINT4_SFT", Encoding.of("rawint4")),
         ("AMXMXFP4_SFT", Encoding.of("mxfp4")),
+        ("AMXMXFP8_SFT", Encoding.of("mxfp8")),
     ],
 )
 def test_checkpoints_in_the_method_s_format(tmp_path, method, encoding, recwarn):

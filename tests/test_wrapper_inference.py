@@ -38,9 +38,11 @@ EXPECTED = {
     "MOE_INT4": (Encoding.of("int4"), "int8"),
     "MOE_INT8": (Encoding.of("int8"), "int8"),
     "RAWINT4": (Encoding.of("rawint4"), "int8"),
+    "GPTQ_INT4": (Encoding.of("int4_kgroup", 128), "int8"),
     "FP8": (Encoding.of("fp8_block"), "bf16"),
     "FP8_PERCHANNEL": (Encoding.of("fp8_channel"), "bf16"),
     "MXFP4": (Encoding.of("mxfp4"), "bf16"),
+    "MXFP8": (Encoding.of("mxfp8"), "bf16"),
     "BF16": (Encoding.of("bf16"), "bf16"),
     "LLAMAFILE": (Encoding.of("bf16"), "bf16"),
 }
@@ -421,10 +423,13 @@ def test_arrays_are_checked():
         ("RAWINT4", Encoding.of("rawint4")),
         ("RAWINT4", Encoding.of("int4_kgroup", 64)),
         ("RAWINT4", Encoding.of("int4_kgroup", 128, True)),
+        ("GPTQ_INT4", Encoding.of("int4_kgroup", 32, True)),
+        ("GPTQ_INT4", Encoding.of("int4")),
         ("FP8", Encoding.of("fp8_block")),
         ("FP8", Encoding.of("fp8_channel")),
         ("FP8_PERCHANNEL", Encoding.of("fp8_channel")),
         ("MXFP4", Encoding.of("mxfp4")),
+        ("MXFP8", Encoding.of("mxfp8")),
     ],
 )
 def test_quantised_arrays_and_their_order(method, encoding):
@@ -434,7 +439,7 @@ def test_quantised_arrays_and_their_order(method, encoding):
     wrapper.load_weights_from_tensors(*arrays, physical_to_logical_map=order)
     store = wrapper._loaded().store
     sizes = (EXPERTS, HIDDEN, INNER)
-    assert store.geometry == (encoding.format, *sizes, *encoding[1:], None)
+    assert store.geometry == (encoding.format, *sizes, *encoding[1:], None, None)
     for got, q in zip(values(wrapper), arrays, strict=True):
         want = ktjax.quant.decode(q, encoding.format)[order]
         np.testing.assert_array_equal(got, want)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import ktjax
 from ktjax import backend
@@ -147,3 +148,31 @@ def record_registrations(monkeypatch):
 
     monkeypatch.setattr(backend, "register_lora", spy)
     return seen
+
+
+def check_training(wrapper, x, ids, w, base):
+    """Forward and backward on the base weights against the reference on `base`."""
+    wrapper.init_lora_weights(rngs=nnx.Rngs(0))
+    for name in ("gate", "up", "down"):
+        b = getattr(wrapper, f"{name}_lora_b")
+        b.set_value(0.05 * jax.random.normal(jax.random.key(1), b.shape))
+    x, ids, w = map(jnp.asarray, (x, ids, w))
+    y = wrapper.forward_sft(x, ids, w)
+
+    @jax.jit
+    def expected(x, w, lora, grad_y, *base):
+        def function(x, w, lora):
+            scaling = wrapper.lora_scaling
+            return ktjax.reference.moe(x, ids, w, *base, lora, scaling=scaling)
+
+        y, pullback = jax.vjp(function, x.astype(jnp.float32), w, lora)
+        return y, *pullback(grad_y.astype(jnp.float32))
+
+    grad_y = jax.random.normal(jax.random.key(2), y.shape, jnp.bfloat16)
+    want, grad_x, grad_w, grad_lora = expected(x, w, wrapper.lora, grad_y, *base)
+    assert_close(y, want)
+    got_x, got_lora = wrapper.backward(grad_y)
+    assert_close(got_x, grad_x)
+    assert_close(wrapper.grad_weights, grad_w)
+    for got, value in zip(got_lora.values(), grad_lora.arrays(), strict=True):
+        assert_close(got, value)

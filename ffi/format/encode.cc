@@ -184,16 +184,18 @@ Group EncodeE4M3(const float* row, int count, float scale, int* codes) {
   return {scale};
 }
 
-Group EncodeE2M1(const float* row, int count, int* codes) {
+// With a power of two as scale, which brings the largest weight to the binade of the
+// largest code, 2^kLargest; what is beyond that code saturates.
+template <int kLargest, typename ToCode>
+Group EncodeMx(const float* row, int count, ToCode to_code, int* codes) {
   const uint32_t largest = BitsOf(LargestMagnitude(row, count));
   if (largest == 0) {
     std::fill(codes, codes + count, 0);
     return {1.0f};
   }
-  // A power of two, of which 4 to 8 are the largest weight.
-  const int exponent = std::max(static_cast<int>(largest >> 23) - 2, 1);
+  const int exponent = std::max(static_cast<int>(largest >> 23) - kLargest, 1);
   const float scale = FloatOf(static_cast<uint32_t>(exponent) << 23);
-  for (int d = 0; d < count; ++d) codes[d] = ToE2M1(row[d] / scale);
+  for (int d = 0; d < count; ++d) codes[d] = to_code(row[d] / scale);
   return {scale};
 }
 
@@ -250,7 +252,8 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
   };
 
   for (int output = 0; output < outputs_; ++output) {
-    if (spec.code == Code::kE4M3 && output % spec.block_outputs == 0) {
+    if (spec.code == Code::kE4M3 && spec.scale == ScaleType::kFloat32 &&
+        output % spec.block_outputs == 0) {
       // The scales of a block of rows come before the codes of the first.
       std::fill(block_scales.begin(), block_scales.end(), 0.0f);
       const int end = std::min(output + spec.block_outputs, outputs_);
@@ -294,7 +297,10 @@ void EncodedMatrix::EncodeRows(const Encoding& encoding, const T* weights,
           break;
         }
         case Format::kMxFp4:
-          result = EncodeE2M1(src, count, codes.data());
+          result = EncodeMx<2>(src, count, ToE2M1, codes.data());
+          break;
+        case Format::kMxFp8:
+          result = EncodeMx<8>(src, count, ToE4M3, codes.data());
           break;
         default:  // refused above
           break;

@@ -24,6 +24,7 @@ constexpr FormatSpec kSpecs[kFormats] = {
     {Format::kFp8Channel, "fp8_channel", Code::kE4M3, ScaleType::kFloat32, 0, 1},
     {Format::kRawInt4, "rawint4", Code::kInt4, ScaleType::kBf16, 32, 1},
     {Format::kMxFp4, "mxfp4", Code::kE2M1, ScaleType::kE8M0, 32, 1},
+    {Format::kMxFp8, "mxfp8", Code::kE4M3, ScaleType::kE8M0, 32, 1},
     InBlocks(Format::kQ4_0, "q4_0"),
     InBlocks(Format::kQ4_1, "q4_1"),
     InBlocks(Format::kQ5_0, "q5_0"),

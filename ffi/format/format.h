@@ -27,6 +27,7 @@ enum class Format {
   kFp8Channel,
   kRawInt4,
   kMxFp4,
+  kMxFp8,
   kQ4_0,
   kQ4_1,
   kQ5_0,
@@ -40,7 +41,7 @@ enum class Format {
   kIq4Nl,
   kIq4Xs,
 };
-inline constexpr int kFormats = 20;
+inline constexpr int kFormats = 21;
 
 // What the bits of a code mean. 8-bit codes: kInt8 (stored as value + 128), kE4M3.
 // 4-bit codes: kInt4 (value + 8, or unsigned with a zero point), kE2M1. kBlocks: what
@@ -150,6 +151,9 @@ struct QuantPanel {
   const uint16_t* mins = nullptr;
   const uint8_t* sub_scales = nullptr;
   const uint8_t* sub_mins = nullptr;
+  // Blocks: strip s is decoded to strip `apart` s of a panel of `apart` strips as many.
+  // 2 where gate and up have panels of their own and are decoded side by side.
+  int apart = 1;
 };
 
 }  // namespace ktjax

@@ -249,6 +249,9 @@ float PanelValue(const QuantPanel& panel, int depth, int output) {
     case Format::kMxFp4:
       bits = WeightBits<Code::kE2M1, ScaleType::kE8M0>(panel, depth, output);
       break;
+    case Format::kMxFp8:
+      bits = WeightBits<Code::kE4M3, ScaleType::kE8M0>(panel, depth, output);
+      break;
     default:
       bits = RoundToBf16(PanelBlockValue(panel, depth, output));
       break;

@@ -18,7 +18,7 @@ template <Format kFormat>
 struct Avx512BlockDecoder {
   [[gnu::always_inline]] static void DecodeStrip(const QuantPanel& panel, int block,
                                                  int strip, bf16* dst) {
-    const ptrdiff_t stride = 2 * kStrip * panel.strips;
+    const ptrdiff_t stride = 2 * kStrip * panel.strips * panel.apart;
     Pairs(panel, block, strip, [=](int pair, __m512i values) {
       _mm512_storeu_si512(dst + pair * stride, values);
     });

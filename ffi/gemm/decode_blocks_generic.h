@@ -39,7 +39,7 @@ struct GenericBlockDecoder {
         }
         for (const auto& pair : pairs) {
           std::memcpy(dst, pair, sizeof pair);
-          dst += 2 * lanes;
+          dst += 2 * lanes * panel.apart;
         }
       }
     }

@@ -86,11 +86,11 @@ void DecodePanel(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
 }
 
 // The formats in blocks. `Decoder<kFormat>::DecodeStrip(panel, block, strip, dst)`
-// decodes one strip of a block of 32 depths.
+// decodes one strip of a block of 32 depths, with panel.apart as many strips in dst.
 template <Format kFormat, template <Format> typename Decoder>
 void DecodeBlocks(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
                   Prefetch* prefetch) {
-  const ptrdiff_t size = kDepth * kStrip * panel.strips;
+  const ptrdiff_t size = kDepth * kStrip * panel.strips * panel.apart;
   const int first = 2 * first_pair / kDepth, last = first + 2 * pairs / kDepth;
   for (int block = first; block < last;) {
     const PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2);
@@ -100,7 +100,8 @@ void DecodeBlocks(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
         _mm_prefetch(line, _MM_HINT_T1);
       }
       for (int s = 0; s < panel.strips; ++s) {
-        Decoder<kFormat>::DecodeStrip(panel, block, s, dst + 2 * kStrip * s);
+        Decoder<kFormat>::DecodeStrip(panel, block, s,
+                                      dst + 2 * kStrip * s * panel.apart);
       }
     }
   }
@@ -134,6 +135,9 @@ void Decode(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
           panel, first_pair, pairs, dst, prefetch);
     case Format::kMxFp4:
       return DecodePanel<Layout<Code::kE2M1, kE8M0>, Decoder>(panel, first_pair, pairs,
+                                                              dst, prefetch);
+    case Format::kMxFp8:
+      return DecodePanel<Layout<Code::kE4M3, kE8M0>, Decoder>(panel, first_pair, pairs,
                                                               dst, prefetch);
     default:
       WithBlockFormat(panel.format, [&]<Format kFormat>() {

@@ -50,15 +50,16 @@ template <typename Add>
 }
 
 template <int kRows, typename AddStrip>
-[[gnu::always_inline]] inline void DotStrips(int strips, float* c, AddStrip add_strip) {
-  for (int s = 0; s < strips; ++s) {
+[[gnu::always_inline]] inline void DotStrips(const QuantPanel& panel, float* c,
+                                             AddStrip add_strip) {
+  for (int s = 0; s < panel.strips; ++s) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     add_strip(s, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      _mm512_storeu_ps(c + r * kPanel + kStrip * s,
+      _mm512_storeu_ps(c + r * kPanel + kStrip * s * panel.apart,
                        _mm512_add_ps(sum[r][0], sum[r][1]));
     }
   }
@@ -85,7 +86,7 @@ struct DotPanel {
                   float* c, Prefetch* prefetch) {
     const ptrdiff_t code_stride = 64 * panel.strips;
     const int group_blocks = panel.group / kDepth;
-    DotStrips<kRows>(panel.strips, c, [&](int strip, __m512(&sum)[kRows][2]) {
+    DotStrips<kRows>(panel, c, [&](int strip, __m512(&sum)[kRows][2]) {
       const uint8_t* codes = panel.codes + 64 * strip;
       typename Avx512Decoder<L>::Row row;
       bool ordinary = false;
@@ -115,7 +116,7 @@ struct DotBlocks {
   template <int kRows>
   static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
                   float* c, Prefetch* prefetch) {
-    DotStrips<kRows>(panel.strips, c, [&](int strip, __m512(&sum)[kRows][2]) {
+    DotStrips<kRows>(panel, c, [&](int strip, __m512(&sum)[kRows][2]) {
       ForBlocks(depth, panel.strips, prefetch, [&](int block) {
         Avx512BlockDecoder<kFormat>::Pairs(
             panel, block, strip, PairDot<kRows>{a + block * kDepth, a_stride, sum});
@@ -173,6 +174,8 @@ inline bool Avx512DotCodes(const bf16* a, ptrdiff_t a_stride, int rows,
       return dot.template operator()<DotPanel<Layout<Code::kInt4, ScaleType::kBf16>>>();
     case Format::kMxFp4:
       return dot.template operator()<DotPanel<Layout<Code::kE2M1, kE8M0>>>();
+    case Format::kMxFp8:
+      return dot.template operator()<DotPanel<Layout<Code::kE4M3, kE8M0>>>();
     default:
       return WithBlockFormat(panel.format, [&]<Format kFormat>() {
         dot.template operator()<DotBlocks<kFormat>>();

@@ -1,5 +1,5 @@
 // The element-wise steps between a product and memory, written once with the compiler's
-// vector extension: 16 float32 are one AVX-512 register, two AVX ones, four SSE ones.
+// vector extension.
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
 #define KTJAX_FFI_GEMM_EPILOGUE_IMPL_H_
@@ -7,18 +7,15 @@
 #include <cstring>
 
 #include "base/types.h"
+#include "gemm/dropout_impl.h"
 #include "gemm/kernel.h"
+#include "gemm/vector_types.h"
 #if defined(__AVX512F__)
 #include "gemm/pack_avx512.h"
 #endif
 
 namespace ktjax {
 namespace {
-
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 // Vectors are passed by reference: by value, their ABI would depend on the ISA flags.
 inline void Load(const float* src, F32x16& value) { std::memcpy(&value, src, 64); }
@@ -291,6 +288,9 @@ constexpr Epilogues kEpilogues = {
     .stream_rows_bf16 = StoreRows<bf16, true>,
     .stream_columns_f32 = StreamColumns<float>,
     .stream_columns_bf16 = StreamColumns<bf16>,
+    .copy_kept = CopyKept,
+    .drop_from_panel = DropFromPanel,
+    .add_kept = AddKept,
 };
 
 }  // namespace

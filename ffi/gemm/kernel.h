@@ -21,6 +21,7 @@
 
 #include "base/types.h"
 #include "format/format.h"
+#include "gemm/dropout.h"
 
 namespace ktjax {
 
@@ -182,6 +183,18 @@ struct Epilogues {
                              ptrdiff_t stride);
   void (*stream_columns_bf16)(const float* c, int rows, int columns, bf16* dst,
                               ptrdiff_t stride);
+
+  // Dropout. dst = src where the mask keeps it, else 0, in all parts of src; `columns`
+  // is a multiple of 16.
+  void (*copy_kept)(const DropoutMask& mask, SplitRows src, int rows, int columns,
+                    SplitRows dst);
+  // The same in place in a panel whose depths are the rows and whose outputs are the
+  // columns, and in its low part unless that is null.
+  void (*drop_from_panel)(const DropoutMask& mask, int rows, int strips, bf16* high,
+                          bf16* low);
+  // c += src where the mask keeps it; src is a tile like c.
+  void (*add_kept)(const DropoutMask& mask, const float* src, int rows, int strips,
+                   float* c);
 };
 
 // All that one instruction set provides. Instances are constants, one per file.
@@ -275,7 +288,8 @@ struct Kernels {
   // Products of few rows with a panel as it is, or false where decoding it first is
   // better: that depends on the format and its groups alone. Null where it always is.
   // c[r][n] = sum_d a[r * a_stride + d] * value[d][n] for d < depth, a multiple of
-  // kDepth, and rows <= kMaxContractRows; c as for gemm.
+  // kDepth, and rows <= kMaxContractRows; c as for gemm, with the strips of a panel
+  // `apart` in it.
   bool (*dot_codes)(const bf16* a, ptrdiff_t a_stride, int rows,
                     const QuantPanel& panel, int depth, float* c, Prefetch* prefetch);
   // contract_outputs for the depth pairs [first_pair, first_pair + pairs), multiples of

@@ -35,13 +35,14 @@ std::vector<int64_t> LoRAShape(const Geometry& g, int which, int64_t rank) {
 struct Call {
   std::shared_ptr<ExpertStore> store;
   LayerInputs inputs;
+  int operands = 0;  // of the variable ones; kept values come after them
   int64_t slots() const { return inputs.tokens * inputs.k; }
 };
 
 Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
                 const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights,
                 const ffi::AnyBuffer& handle, const ffi::RemainingArgs& rest,
-                bool has_lora, float scaling, bool int8) {
+                bool has_lora, float scaling, uint32_t dropout, bool int8) {
   Call call;
   call.store = StoreRegistry::Get().Find<ExpertStore>(HandleOf(check, handle));
   const Geometry& geometry = call.store->geometry();
@@ -78,6 +79,15 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
     if (lora.rank < 1 || lora.rank > 256) {
       check.Fail("lora", "a rank of 1 to 256", std::to_string(lora.rank));
     }
+    call.operands = kLoRAArrays;
+  }
+  if (dropout) {
+    if (!has_lora) check.Fail("dropout", "adapters, whose input it drops", "none");
+    const ffi::AnyBuffer buffer = Operand(check, rest, call.operands++, "dropout_seed");
+    check.Type("dropout_seed", buffer, ffi::U32);
+    check.Shape("dropout_seed", buffer, {2});
+    const auto* seed = static_cast<const uint32_t*>(buffer.untyped_data());
+    inputs.dropout = {dropout, {seed[0], seed[1]}};
   }
   return call;
 }
@@ -93,11 +103,12 @@ std::vector<int64_t> LowRankShape(const Call& call) {
 ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                           ffi::AnyBuffer handle, ffi::RemainingArgs rest,
                           ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets kept,
-                          float scaling, bool has_lora, bool int8, bool keep) {
+                          float scaling, bool has_lora, uint32_t dropout, bool int8,
+                          bool keep) {
   const Checker check("ktjax.moe");
   return Guard(check, [&] {
-    const Call call =
-        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling, int8);
+    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora,
+                                 scaling, dropout, int8);
     check.Type("y", *y, x.element_type());
     check.Shape("y", *y, {call.inputs.tokens, call.store->geometry().hidden});
     Residuals residuals;
@@ -122,12 +133,12 @@ ffi::Error ForwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer w
 ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer weights,
                            ffi::AnyBuffer handle, ffi::AnyBuffer grad_y,
                            ffi::RemainingArgs rest, ffi::RemainingRets rets,
-                           float scaling, bool has_lora, bool int8, bool kept,
-                           bool need_x, bool need_w, bool need_lora) {
+                           float scaling, bool has_lora, uint32_t dropout, bool int8,
+                           bool kept, bool need_x, bool need_w, bool need_lora) {
   const Checker check("ktjax.moe gradient");
   return Guard(check, [&] {
-    const Call call =
-        DecodeCall(check, x, ids, weights, handle, rest, has_lora, scaling, int8);
+    const Call call = DecodeCall(check, x, ids, weights, handle, rest, has_lora,
+                                 scaling, dropout, int8);
     const Geometry& geometry = call.store->geometry();
     const int64_t tokens = call.inputs.tokens;
     check.Type("gradient of y", grad_y, x.element_type());
@@ -135,8 +146,7 @@ ffi::Error BackwardHandler(ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer 
 
     Residuals residuals;
     auto residual = [&](size_t i, const char* name, std::vector<int64_t> shape) {
-      const ffi::AnyBuffer buffer =
-          Operand(check, rest, (has_lora ? kLoRAArrays : 0) + i, name);
+      const ffi::AnyBuffer buffer = Operand(check, rest, call.operands + i, name);
       check.Type(name, buffer, ffi::BF16);
       check.Shape(name, buffer, std::move(shape));
       return static_cast<bf16*>(buffer.untyped_data());
@@ -185,11 +195,12 @@ XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler,
                            .Arg<ffi::AnyBuffer>()  // ids [tokens, k]
                            .Arg<ffi::AnyBuffer>()  // w [tokens, k]
                            .Arg<ffi::AnyBuffer>()  // handle [2]
-                           .RemainingArgs()        // six LoRA arrays
+                           .RemainingArgs()        // six LoRA arrays, dropout's seed
                            .Ret<ffi::AnyBuffer>()  // y
                            .RemainingRets()        // kept gate, up, low rank
                            .Attr<float>("scaling")
                            .Attr<bool>("has_lora")
+                           .Attr<uint32_t>("dropout")
                            .Attr<bool>("int8")
                            .Attr<bool>("keep"));
 
@@ -200,10 +211,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler,
                            .Arg<ffi::AnyBuffer>()  // w
                            .Arg<ffi::AnyBuffer>()  // handle
                            .Arg<ffi::AnyBuffer>()  // gradient of y
-                           .RemainingArgs()        // six LoRA arrays; kept values
+                           .RemainingArgs()        // the same; kept values
                            .RemainingRets()        // the gradients asked for
                            .Attr<float>("scaling")
                            .Attr<bool>("has_lora")
+                           .Attr<uint32_t>("dropout")
                            .Attr<bool>("int8")
                            .Attr<bool>("kept")
                            .Attr<bool>("need_x")

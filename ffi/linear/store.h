@@ -51,7 +51,10 @@ class LinearStore final : public BaseStore {
               Strips(panel), inputs_padded());
   }
   // Bytes between two panels.
-  int64_t Stride() const { return PanelStride(encoding_, inputs_padded()); }
+  int64_t Stride() const {
+    return PanelStride(At(encoding_, nullptr, kPanelStrips, inputs_padded()),
+                       inputs_padded());
+  }
   int Strips(int panel) const {
     const int padded = static_cast<int>(RoundUp(outputs_, kDepth));
     const int left = padded / kStrip - panel * kPanelStrips;

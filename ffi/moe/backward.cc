@@ -171,14 +171,15 @@ class BackwardPass : LoRAGradPass {
     if (contract) ContractDown(s, block, begin, end, scratch, next_task);
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
-      Terms lora;
+      Terms lora, dropped;  // where dropout is, LoRA's terms are added apart
       if (rank()) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
                                   shard(s).begin + column,
                                   std::min(strips * kStrip, Slice(s) - column), strips,
                                   scratch.lora_panel[0], 2 * kStrip * strips);
-        lora.Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
+        (dropout() ? dropped : lora)
+            .Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
                  scratch.lora_panel[0], LowRankDepth());
       }
       const auto touch = [&](int row) {
@@ -186,8 +187,10 @@ class BackwardPass : LoRAGradPass {
                   strips * kStrip);
         if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
-      const auto epilogue = [&](const float* tile, int first, int count) {
+      const auto epilogue = [&](float* tile, int first, int count) {
         const int row = block.begin + first, kept = shard(s).begin + column;
+        AddKept(dropped, first, MaskOf(DropoutOf::kHidden, row, kept), count, strips,
+                tile, scratch);
         epilogues_.swiglu_grad(
             tile, count, strips, &routing_.weights[row], KeptIndex(values, row),
             KeptRows(values, values.gate, group, row, kept),
@@ -359,6 +362,16 @@ class BackwardPass : LoRAGradPass {
     epilogue(scratch.tile, 0, rows);
   }
 
+  // tile += what dropout lets through of LoRA's terms from row `first` of theirs on.
+  void AddKept(const Terms& lora, int first, const DropoutMask& mask, int rows,
+               int strips, float* tile, const Scratch& scratch) const {
+    if (lora.count() == 0) return;
+    const Terms terms = lora.From(first);
+    kernels_.gemm(terms.data(), terms.count(), rows, strips, scratch.lora_tile, false,
+                  nullptr);
+    epilogues_.add_kept(mask, scratch.lora_tile, rows, strips, tile);
+  }
+
   // The depths [column, column + 16 strips) of `count` down panels as outputs.
   Terms TransposeDown(int s, int expert, int column, int strips, int first, int count,
                       const Scratch& scratch) const {
@@ -429,7 +442,7 @@ class BackwardPass : LoRAGradPass {
       if (contract) ContractGateUp(s, group, rows, begin, end, next_expert, scratch);
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
-        Terms terms;
+        Terms terms, dropped;
         if (lora) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);
           const LoRAArray as[] = {kGateA, kUpA};
@@ -438,8 +451,9 @@ class BackwardPass : LoRAGradPass {
                 kernels_, expert, 0, rank(), panel * kPanel,
                 std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
                 scratch.lora_panel[which], 2 * kStrip * strips);
-            terms.Add(SpreadRows(low_rank_grad_, group, rows.begin, which),
-                      scratch.lora_panel[which], LowRankDepth());
+            (dropout() ? dropped : terms)
+                .Add(SpreadRows(low_rank_grad_, group, rows.begin, which),
+                     scratch.lora_panel[which], LowRankDepth());
           }
         }
         const auto touch = [&](int row) {
@@ -448,7 +462,10 @@ class BackwardPass : LoRAGradPass {
           FetchSpread(low_rank_grad_, group, rows.begin + row, 0);
           FetchSpread(low_rank_grad_, group, rows.begin + row, 1);
         };
-        const auto epilogue = [&](const float* tile, int from, int count) {
+        const auto epilogue = [&](float* tile, int from, int count) {
+          AddKept(dropped, from,
+                  MaskOf(DropoutOf::kInput, rows.begin + from, panel * kPanel), count,
+                  strips, tile, scratch);
           const auto [sums, stride] = sum_.At(s, panel);
           epilogues_.scatter_add(tile, count, strips,
                                  &routing_.tokens[rows.begin + from], nullptr, sums,

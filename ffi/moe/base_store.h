@@ -30,14 +30,27 @@ struct SourceMatrix {
 struct BasePanel {
   const bf16* values;
   QuantPanel codes;  // of values the format alone, kBf16
+  // The odd strips, where they have another format than the even ones, which are then
+  // alone in `codes` and before these in memory.
+  QuantPanel odd = {};
 
+  bool mixed() const { return odd.strips > 0; }
   // Of a panel of so many strips and depths, scales counted.
   int64_t Bytes(int strips, int depth) const {
-    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2) : codes.bytes;
+    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2)
+                                         : codes.bytes + odd.bytes;
   }
-  // Of so many depth pairs, a multiple of 16, scales not counted.
+  // Of so many depth pairs, a multiple of 16, scales not counted; of mixed panels the
+  // even strips.
   int64_t PairBytes(int strips, int64_t pairs) const {
+    strips = mixed() ? codes.strips : strips;
     return 2 * pairs * kStrip * strips * SpecOf(codes.format).bits() / 8;
+  }
+  // The values of depth pairs [first, + pairs) of codes, as a panel of all strips.
+  void Decode(const Kernels& kernels, int first, int pairs, bf16* dst,
+              Prefetch* prefetch) const {
+    kernels.decode(codes, first, pairs, dst, prefetch);
+    if (mixed()) kernels.decode(odd, first, pairs, dst + 2 * kStrip, nullptr);
   }
 };
 
@@ -64,10 +77,13 @@ class BaseStore {
   }
   static BasePanel At(const Encoding& encoding, const uint8_t* memory, int strips,
                       int depth);
+  // Even strips in one format and odd ones in another, both in blocks.
+  static BasePanel MixedAt(const Encoding& even, const Encoding& odd,
+                           const uint8_t* memory, int strips, int depth);
   // Large panels are 32 depths further apart than they are long. The backward reads the
   // same rows of every panel of a matrix: a power of two apart (256 KiB for a hidden
   // size of 2048), they would share a few sets of L1 and L2 and evict one another.
-  static int64_t PanelStride(const Encoding& encoding, int depth);
+  static int64_t PanelStride(const BasePanel& panel, int depth);
 
   std::shared_ptr<Backend> backend_;
   Encoding encoding_;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/types.h"
+#include "gemm/dropout.h"
 #include "moe/arrays.h"
 #include "moe/store.h"
 
@@ -18,6 +19,8 @@ struct LayerInputs {
   const int32_t* ids = nullptr;
   const float* weights = nullptr;
   LoRAOperands lora;
+  // Of the adapters' inputs; lora.scaling has the factor 1 / (1 - p).
+  Dropout dropout;
   // Multiply base weights as integers in the forward, with rows quantised to 8 bits.
   // std::invalid_argument where the format has no integer codes.
   bool int8 = false;

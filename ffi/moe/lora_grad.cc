@@ -42,6 +42,8 @@ void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
   auto pack = [&](int from, int depth, int column, int outputs, int strips) {
     PackGathered(of_x ? inputs_.x : grad_y_, row + from, depth, begin + column, outputs,
                  strips, scratch);
+    if (of_x)
+      Drop(DropoutOf::kInput, row + from, depth, begin + column, strips, scratch);
   };
   auto multiply = [&](std::span<const GradFactor> factors) {
     MultiplyExpert(pack, row, routing_.rows_of(expert), end - begin, factors, scratch);
@@ -65,29 +67,34 @@ void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
 void LoRAGradPass::ShardGrad(const Group& group, int expert, int source,
                              const Scratch& scratch) const {
   const int s = source / kShardSources, kind = source % kShardSources;
+  const bool of_h = kind == 2;
   const int row = routing_.offsets[expert], begin = shard(s).begin;
   const int intermediate = geometry_.intermediate;
   const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_, &hidden_};
   const LoRAArray grads[] = {kGateB, kUpB, kDownA};
   const GradFactor factor =
-      kind < 2
-          ? GradFactor{LowRankRow(low_rank_, group, row) + 2 * kind * low_rank_width_,
-                       false, true,
-                       GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
-                       rank()}
-          : GradFactor{LowRankRow(low_rank_grad_, group, row) + 4 * low_rank_width_,
-                       true, false,
-                       GradOf(kDownA, expert, rank(), intermediate, 0, begin),
-                       intermediate};
+      of_h ? GradFactor{LowRankRow(low_rank_grad_, group, row) + 4 * low_rank_width_,
+                        true, false,
+                        GradOf(kDownA, expert, rank(), intermediate, 0, begin),
+                        intermediate}
+           : GradFactor{LowRankRow(low_rank_, group, row) + 2 * kind * low_rank_width_,
+                        false, true,
+                        GradOf(grads[kind], expert, intermediate, rank(), begin, 0),
+                        rank()};
   const SplitRows rows = HiddenRows(*arrays[kind], s, group, row);
   auto pack = [&](int from, int depth, int column, int outputs, int strips) {
     const bf16* base = rows.high + from * rows.stride + column;
     const ptrdiff_t stride = 2 * kStrip * strips;
     kernels_.pack_depths_bf16({base, rows.stride}, depth, outputs, strips,
                               scratch.panel.high, stride);
-    if (!exact()) return;
-    kernels_.pack_depths_bf16({base + rows.low, rows.stride}, depth, outputs, strips,
-                              scratch.panel.low, stride);
+    if (exact()) {
+      kernels_.pack_depths_bf16({base + rows.low, rows.stride}, depth, outputs, strips,
+                                scratch.panel.low, stride);
+    }
+    if (of_h) {
+      Drop(DropoutOf::kHidden, row + from, depth, shard(s).begin + column, strips,
+           scratch);
+    }
   };
   MultiplyExpert(pack, row, routing_.rows_of(expert), Slice(s), {&factor, 1}, scratch);
 }
@@ -110,6 +117,16 @@ void LoRAGradPass::PackGathered(ConstArray array, int row, int depth, int column
     kernels_.pack_depths_bf16(src, depth, outputs, strips, scratch.panel.high,
                               panel_stride);
   }
+}
+
+// Takes what dropout drops out of scratch.panel, whose depths are `depth` rows of x or
+// h from `row` on and whose outputs are its columns from `column` on.
+void LoRAGradPass::Drop(DropoutOf of, int row, int depth, int column, int strips,
+                        const Scratch& scratch) const {
+  if (!dropout()) return;
+  const WorkTimer timer(scratch.times, &WorkTimes::dropout);
+  epilogues_.drop_from_panel(MaskOf(of, row, column), depth, strips, scratch.panel.high,
+                             exact() ? scratch.panel.low : nullptr);
 }
 
 // As Products::MultiplyOverRows, over the `count` rows of an expert from `row` on.

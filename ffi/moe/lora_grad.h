@@ -57,6 +57,8 @@ class LoRAGradPass : protected Pass {
                  const Scratch& scratch) const;
   void PackGathered(ConstArray array, int row, int depth, int column, int outputs,
                     int strips, const Scratch& scratch) const;
+  void Drop(DropoutOf of, int row, int depth, int column, int strips,
+            const Scratch& scratch) const;
   template <typename Pack>
   void MultiplyExpert(Pack pack, int row, int count, int columns,
                       std::span<const GradFactor> factors,

@@ -76,6 +76,12 @@ Scratch Pass::MakeScratch(Arena& arena) const {
                    arena.Take<int32_t>(groups * quantised_rows),
                    groups,
                    Int8Group()};
+  const size_t kept_rows = dropout() ? block_rows : 0;
+  const ptrdiff_t kept_stride =
+      std::max(geometry_.hidden_padded(), geometry_.intermediate_padded()) + kDepth;
+  scratch.kept = {arena.Take<bf16>(parts * kept_stride * kept_rows),
+                  static_cast<ptrdiff_t>(parts) * kept_stride,
+                  exact() ? kept_stride : 0};
   scratch.chunk = arena.Take<bf16>(store_.quantised() ? kPanel * 2 * kChunkPairs : 0);
   scratch.panel = {arena.Take<bf16>(kPanel * width),
                    arena.Take<bf16>(exact() ? kPanel * width : 0)};
@@ -86,6 +92,7 @@ Scratch Pass::MakeScratch(Arena& arena) const {
   scratch.transposed = arena.Take<bf16>(rank() ? 2 * rank_rows * expert_rows : 0);
   scratch.tile =
       arena.Take<float>(kPanel * std::max<size_t>(rank_rows, kTransposedRows));
+  scratch.lora_tile = arena.Take<float>(dropout() ? kPanel * kernels_.max_rows : 0);
   scratch.sums = arena.Take<float>((kernels_.contract_outputs ? kMaxContractRows : 1) *
                                    (width + kStrip));
   return scratch;
@@ -119,6 +126,15 @@ void Pass::GatherRows(ConstArray array, const RowBlock& block,
     }
     std::memset(row + hidden, 0, sizeof(bf16) * (padded - hidden));
   }
+}
+
+SplitRows Pass::AdapterRows(DropoutOf of, const RowBlock& block, SplitRows rows,
+                            int column, int columns, const Scratch& scratch) const {
+  if (!dropout()) return rows;
+  const WorkTimer timer(scratch.times, &WorkTimes::dropout);
+  epilogues_.copy_kept(MaskOf(of, block.begin, column), rows, block.count, columns,
+                       scratch.kept);
+  return scratch.kept;
 }
 
 void Pass::LowRank(Contraction contraction, int s, const Group& group,
@@ -260,8 +276,10 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
         }
         if (rank()) {
           const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
-          LowRank(Contraction::kAlongRows, s, group, block, rows, Slice(s),
-                  {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
+          LowRank(Contraction::kAlongRows, s, group, block,
+                  AdapterRows(DropoutOf::kHidden, block, rows, shard(s).begin,
+                              shard(s).width, scratch),
+                  Slice(s), {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
         }
       });
   if (rank() && !SumPartialsPhase(worker, scratch, group, counter + kSumHidden, 1, 2,
@@ -276,8 +294,10 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
 void Pass::LowRankOfInput(const Group& group, const RowBlock& block,
                           const Activations& out, const Scratch& scratch) const {
   const LowRankFactor factors[] = {{Matrix(kGateA), 0, 0, 0}, {Matrix(kUpA), 0, 0, 1}};
-  LowRank(Contraction::kAlongRows, 0, group, block, scratch.rows, geometry_.hidden,
-          factors, out.low_rank, false, scratch);
+  LowRank(Contraction::kAlongRows, 0, group, block,
+          AdapterRows(DropoutOf::kInput, block, scratch.rows, 0,
+                      geometry_.hidden_padded(), scratch),
+          geometry_.hidden, factors, out.low_rank, false, scratch);
 }
 
 template <typename NextTask>

@@ -89,6 +89,16 @@ class Pass : protected Products {
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
 
+  bool dropout() const { return inputs_.dropout.threshold != 0; }
+  // What is kept of rows of the layer, from `row` and `column` of x or h on.
+  DropoutMask MaskOf(DropoutOf of, int row, int column) const {
+    return {inputs_.dropout, of, &routing_.slots[row], column};
+  }
+  // The rows of a block as an input of adapters: themselves, or what dropout keeps of
+  // them, in scratch.kept.
+  SplitRows AdapterRows(DropoutOf of, const RowBlock& block, SplitRows rows, int column,
+                        int columns, const Scratch& scratch) const;
+
   // Fetches rows of h as well: other threads have written them.
   void FetchHidden(int s, const Group& group, const RowBlock& rows,
                    Prefetch& prefetch) const {

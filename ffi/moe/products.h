@@ -102,9 +102,14 @@ class Products {
                 Prefetch prefetch) const {
     if (!kernels_.dot_codes || product.all_rows > kMaxContractRows) return false;
     prefetch.Spread(product.depth / 2);
-    return kernels_.dot_codes(product.rows.high, product.rows.stride, rows,
-                              product.panel.codes, product.depth, scratch.tile,
-                              prefetch.base ? &prefetch : nullptr);
+    const auto dot = [&](const QuantPanel& codes, float* c, Prefetch* fetch) {
+      return kernels_.dot_codes(product.rows.high, product.rows.stride, rows, codes,
+                                product.depth, c, fetch);
+    };
+    return dot(product.panel.codes, scratch.tile,
+               prefetch.base ? &prefetch : nullptr) &&
+           (!product.panel.mixed() ||
+            dot(product.panel.odd, scratch.tile + kStrip, nullptr));
   }
   static const char* Start(const BasePanel& panel) {
     return panel.values ? reinterpret_cast<const char*>(panel.values)
@@ -142,7 +147,7 @@ class Products {
   void Decode(const BasePanel& panel, int first, int pairs, bf16* dst,
               Prefetch* prefetch, const Scratch& scratch) const {
     const WorkTimer timer(scratch.times, &WorkTimes::decode);
-    kernels_.decode(panel.codes, first, pairs, dst, prefetch);
+    panel.Decode(kernels_, first, pairs, dst, prefetch);
   }
 
   // tile += terms.

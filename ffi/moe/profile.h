@@ -71,6 +71,7 @@ struct WorkTimes {
   uint64_t decode = 0;    // quantised panels
   uint64_t adapters = 0;  // A and B into panels
   uint64_t epilogue = 0;  // activation, scatter, stores
+  uint64_t dropout = 0;   // of the adapters' inputs; of gradients: an epilogue
   uint64_t wait = 0;      // for the other workers
 
   // Adds them to the profile; `ticks` took `seconds`.
@@ -80,6 +81,7 @@ struct WorkTimes {
         {"in phases: decode weights", decode},
         {"in phases: pack adapters", adapters},
         {"in phases: activation, scatter", epilogue},
+        {"in phases: dropout", dropout},
         {"in phases: wait for workers", wait}};
     for (const auto& [name, part] : parts) {
       if (part) Profile::Get().Add(name, seconds * part / ticks);

@@ -43,11 +43,13 @@ inline constexpr int kChunkPairs = 64;
 struct Scratch {
   SplitRows rows;              // packed input rows of a block
   Int8Rows codes;              // the same, quantised
+  SplitRows kept;              // with dropout: rows for the adapters
   bf16* chunk;                 // kChunkPairs decoded depth pairs of a panel
   SplitPanel panel;            // one transposed or packed panel
   SplitPanel lora_panel[2];    // panels of a LoRA term
   bf16* transposed;            // low-rank values with rows and columns exchanged
   float* tile;                 // product tiles, kTransposedRows or more rows
+  float* lora_tile;            // with dropout: one of LoRA's alone
   float* sums;                 // of products over a panel's outputs; a row of sum_
   WorkTimes* times = nullptr;  // of the worker that is profiled
 };

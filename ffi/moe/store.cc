@@ -20,20 +20,28 @@ PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expe
 }
 
 // To be packed.
-uint8_t* Memory(const BasePanel& panel) {
-  return const_cast<uint8_t*>(panel.codes.codes);
-}
+uint8_t* Memory(const QuantPanel& panel) { return const_cast<uint8_t*>(panel.codes); }
 
 }  // namespace
 
 ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
-                         const Encoding& encoding, const Encoding& down_encoding)
+                         const Encoding& encoding, const Encoding& up_encoding,
+                         const Encoding& down_encoding)
     : BaseStore(std::move(backend), encoding),
       geometry_(geometry),
-      down_encoding_(down_encoding),
-      gate_up_stride_(PanelStride(encoding, geometry.hidden_padded())) {
+      up_encoding_(up_encoding),
+      down_encoding_(down_encoding) {
+  if (encoding != up_encoding &&
+      (!encoding.spec().blocks || !up_encoding.spec().blocks)) {
+    throw std::invalid_argument(
+        std::string("gate in ") + encoding.spec().name + " and up in " +
+        up_encoding.spec().name +
+        " have no panel in common; different formats must be in GGUF's blocks");
+  }
   CheckDepth(encoding, geometry.hidden, "gate");
+  CheckDepth(up_encoding, geometry.hidden, "up");
   CheckDepth(down_encoding, geometry.intermediate, "down");
+  gate_up_stride_ = PanelStride(GateUpAt(nullptr), geometry.hidden_padded());
   const int count = backend_->pool.config().subpool_count;
   const int padded = geometry_.intermediate_padded();
   // Rows of h are quantised in groups, which should be the same for any number of
@@ -53,7 +61,8 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     const int begin = units * s / count * unit;
     const int end = std::min(units * (s + 1) / count * unit, padded);
     shards_.push_back({begin, end - begin});
-    down_strides_.push_back(PanelStride(down_encoding_, end - begin));
+    down_strides_.push_back(PanelStride(
+        At(down_encoding_, nullptr, kPanelStrips, end - begin), end - begin));
     memory_.emplace_back(geometry_.experts * BlockSize(s),
                          backend_->pool.NumaNodeOf(s));
   }
@@ -99,19 +108,23 @@ void ExpertStore::PackGateUpCodes(const SourceWeights& source, int shard, int ex
   const int depth = std::min(width, intermediate - begin);
 
   // gate's strips are the even ones of a panel, up's the odd ones.
-  const PanelLayout gate_up(encoding_, kPanelStrips, geometry_.hidden_padded());
-  const std::pair<const SourceMatrix*, const char*> matrices[] = {
-      {&source.gate, "gate"}, {&source.up, "up"}};
-  for (int which = 0; which < 2; ++which) {
-    const auto [matrix, name] = matrices[which];
+  const bool mixed = encoding_ != up_encoding_;
+  const auto pack = [&](const Encoding& encoding, const SourceMatrix& matrix,
+                        const char* name, int which) {
+    const PanelLayout layout(encoding, mixed ? kPanelStrips / 2 : kPanelStrips,
+                             geometry_.hidden_padded());
     const PlainMatrix plain =
-        Plain(encoding_, *matrix, expert, intermediate, hidden, name, encoded);
+        Plain(encoding, matrix, expert, intermediate, hidden, name, encoded);
     for (int column = 0; column < width; column += kStrip) {
-      PackStrip(gate_up, plain, begin + column, std::clamp(depth - column, 0, kStrip),
-                0, hidden, column % kDepth / kStrip * 2 + which,
-                Memory(GateUp(shard, expert, column / kDepth)));
+      const BasePanel panel = GateUp(shard, expert, column / kDepth);
+      const int strip = column % kDepth / kStrip;
+      PackStrip(layout, plain, begin + column, std::clamp(depth - column, 0, kStrip), 0,
+                hidden, mixed ? strip : 2 * strip + which,
+                Memory(mixed && which ? panel.odd : panel.codes));
     }
-  }
+  };
+  pack(encoding_, source.gate, "gate", 0);
+  pack(up_encoding_, source.up, "up", 1);
 }
 
 void ExpertStore::PackDownCodes(const SourceWeights& source, int shard, int expert,
@@ -126,7 +139,7 @@ void ExpertStore::PackDownCodes(const SourceWeights& source, int shard, int expe
     for (int strip = 0; strip < DownStrips(panel); ++strip) {
       const int output = panel * kPanel + strip * kStrip;
       PackStrip(down, plain, output, std::clamp(hidden - output, 0, kStrip), begin,
-                depth, strip, Memory(Down(shard, expert, panel)));
+                depth, strip, Memory(Down(shard, expert, panel).codes));
     }
   }
 }
@@ -162,7 +175,7 @@ void ExpertStore::Dequantize(float* gate, float* up, float* down) const {
         kPanel * static_cast<size_t>(std::max(geometry_.hidden_padded(), width)));
     auto values = [&](const BasePanel& panel, int depth) {
       if (panel.values) return panel.values;
-      backend_->kernels.decode(panel.codes, 0, depth / 2, decoded.data(), nullptr);
+      panel.Decode(backend_->kernels, 0, depth / 2, decoded.data(), nullptr);
       return static_cast<const bf16*>(decoded.data());
     };
     for (int e; (e = next[s].fetch_add(1)) < geometry_.experts;) {

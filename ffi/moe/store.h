@@ -65,14 +65,16 @@ struct SourceWeights {
 // * down: panel p holds outputs 64 p .. 64 p + 63 of hidden_padded over the depth
 // `width`.
 // In a quantised format a panel is a QuantPanel; a shard begins at a multiple of the
-// group. down may be in another format than gate and up.
+// group. down may be in another format than gate and up, and up than gate where both
+// are in blocks: its strips of a panel then follow gate's.
 class ExpertStore final : public BaseStore {
  public:
   static constexpr std::string_view kKind = "ExpertStore";
 
   // Throws std::invalid_argument when the geometry cannot be split over the sub-pools.
   ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geometry,
-              const Encoding& encoding, const Encoding& down_encoding);
+              const Encoding& encoding, const Encoding& up_encoding,
+              const Encoding& down_encoding);
 
   // Packs all experts on the pool's threads, which so place the pages on their nodes.
   // Values are quantised to the store's format first. Throws std::invalid_argument for
@@ -94,8 +96,6 @@ class ExpertStore final : public BaseStore {
 
   std::string_view kind() const override { return kKind; }
   const Geometry& geometry() const { return geometry_; }
-  // Of down; `encoding` is that of gate and up.
-  const Encoding& down_encoding() const { return down_encoding_; }
   // Whether any matrix has panels of codes.
   bool quantised() const {
     return IsQuantised(encoding_) || IsQuantised(down_encoding_);
@@ -103,8 +103,7 @@ class ExpertStore final : public BaseStore {
   const std::vector<Shard>& shards() const { return shards_; }
 
   BasePanel GateUp(int shard, int expert, int panel) const {
-    return At(encoding_, Block(shard, expert) + panel * gate_up_stride_, kPanelStrips,
-              geometry_.hidden_padded());
+    return GateUpAt(Block(shard, expert) + panel * gate_up_stride_);
   }
   BasePanel Down(int shard, int expert, int panel) const {
     return At(down_encoding_,
@@ -120,6 +119,12 @@ class ExpertStore final : public BaseStore {
   }
 
  private:
+  BasePanel GateUpAt(const uint8_t* memory) const {
+    const int depth = geometry_.hidden_padded();
+    return encoding_ == up_encoding_
+               ? At(encoding_, memory, kPanelStrips, depth)
+               : MixedAt(encoding_, up_encoding_, memory, kPanelStrips, depth);
+  }
   int64_t GateUpSize(int shard) const {
     return shards_[shard].width / kDepth * GateUpStride();
   }
@@ -139,8 +144,9 @@ class ExpertStore final : public BaseStore {
                      EncodedMatrix& encoded);
 
   Geometry geometry_;
+  Encoding up_encoding_;  // BaseStore's is that of gate
   Encoding down_encoding_;
-  int64_t gate_up_stride_;
+  int64_t gate_up_stride_ = 0;
   std::vector<Shard> shards_;
   std::vector<int64_t> down_strides_;
   mutable std::mutex lora_mutex_;

@@ -21,7 +21,7 @@ namespace ktjax {
 inline std::vector<Encoding> AllEncodings() {
   std::vector<Encoding> all;
   for (const char* name :
-       {"int8", "int4", "fp8_block", "fp8_channel", "rawint4", "mxfp4"}) {
+       {"int8", "int4", "fp8_block", "fp8_channel", "rawint4", "mxfp4", "mxfp8"}) {
     all.push_back(MakeEncoding(name, 0, false));
   }
   for (const int group : {32, 64, 128}) {
@@ -380,6 +380,26 @@ class FormatSuite {
         TestRange(encoding, panel, first, blocks - first, flush, expected);
       }
     }
+    TestApart(encoding, panel, depth);
+  }
+
+  // Strips that are decoded to every other strip, from a block in the middle on; what
+  // is between them stays.
+  void TestApart(const Encoding& encoding, QuantPanel panel, int depth) {
+    const int first = depth / 2, width = kStrip * panel.strips;
+    Guarded<bf16> want(static_cast<size_t>(depth - first) * width);
+    kernels_.decode(panel, first / 2, (depth - first) / 2, want.data(), nullptr);
+    constexpr bf16 kKept = 0x1234;
+    std::vector<bf16> got(2 * want.size(), kKept);
+    panel.apart = 2;
+    kernels_.decode(panel, first / 2, (depth - first) / 2, got.data(), nullptr);
+    int wrong = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      const size_t strip = i / (2 * kStrip), at = strip / 2 * 2 * kStrip;
+      wrong += got[i] != (strip % 2 ? kKept : want[at + i % (2 * kStrip)]);
+    }
+    KTJAX_CHECK(wrong == 0, "%s: %s: %d wrong of strips apart", kernels_.name,
+                encoding.spec().name, wrong);
   }
 
   // Prefetching changes nothing and gets through its chunks.

@@ -185,14 +185,14 @@ void TestEncodings() {
     const double relative = std::sqrt(error / norm);
     KTJAX_CHECK(relative < bound, "%s: error %.4f, bound %.4f", name, relative, bound);
 
-    if (encoding.format == Format::kMxFp4) {  // its values encode to themselves
+    if (encoding.spec().scale == ScaleType::kE8M0) {  // values encode to themselves
       again.Encode(encoding, values.data(), kStrip, depth, "gate", 0);
       for (int o = 0; o < kStrip; ++o) {
         for (int d = 0; d < depth; ++d) {
           const float value = ScaleOf(encoding, again.plain(), o, d) *
                               static_cast<float>(OracleCode(
                                   code, CodeOf(encoding, again.plain(), o, d), 0));
-          KTJAX_CHECK(value == values[o * depth + d], "mxfp4: %g became %g",
+          KTJAX_CHECK(value == values[o * depth + d], "%s: %g became %g", name,
                       values[o * depth + d], value);
         }
       }

@@ -6,6 +6,7 @@
 
 #include "gemm/kernel.h"
 #include "testing/check.h"
+#include "testing/dropout_suite.h"
 #include "testing/gemm_case.h"
 #include "testing/pack_suite.h"
 
@@ -26,6 +27,7 @@ class KernelSuite {
     TestPrefetch();
     kernels_.leave();
     PackSuite(kernels_, small_).Run();
+    DropoutSuite(kernels_).Run();
   }
 
  private:

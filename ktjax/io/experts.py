@@ -11,7 +11,6 @@ import numpy as np
 
 from ktjax.io.adapters.names import stored_target_of
 from ktjax.io.converted import has_converted, read_converted
-from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.io.stored import has_matrix, read_matrix, stored_encoding
 from ktjax.quant import Encoding, Quantized, decode
@@ -35,19 +34,24 @@ class ExpertWeights:
       gate: `[slots, intermediate, hidden]` in the checkpoint's dtype, or quantised.
       up: likewise.
       down: `[slots, hidden, intermediate]`, likewise.
-      down_encoding: that of down, where it is another: GGUF files mix formats.
+      up_encoding: that of up, where it is another: GGUF files mix formats.
+      down_encoding: that of down, likewise.
     """
 
     encoding: Encoding
     gate: Array | Quantized
     up: Array | Quantized
     down: Array | Quantized
-    down_encoding: Encoding | None = dataclasses.field(default=None, kw_only=True)
+    _: dataclasses.KW_ONLY
+    up_encoding: Encoding | None = None
+    down_encoding: Encoding | None = None
 
     @property
     def encodings(self) -> tuple[Encoding, Encoding, Encoding]:
         """The formats of gate, up and down."""
-        return self.encoding, self.encoding, self.down_encoding or self.encoding
+        others = self.up_encoding, self.down_encoding
+        up, down = (other or self.encoding for other in others)
+        return self.encoding, up, down
 
     def arrays(self) -> tuple[Array | Quantized, ...]:
         """gate, up and down."""
@@ -64,8 +68,8 @@ class ExpertWeights:
     def take(self, order: Sequence[int]) -> ExpertWeights:
         """Copies of the experts `order`, in that order."""
         slots = list(order)
-        matrices = (_take(matrix, slots) for matrix in self.arrays())
-        return ExpertWeights(self.encoding, *matrices, down_encoding=self.down_encoding)
+        gate, up, down = (_take(matrix, slots) for matrix in self.arrays())
+        return dataclasses.replace(self, gate=gate, up=up, down=down)
 
     def dequantize(self) -> tuple[Array, Array, Array]:
         """gate, up and down as arrays: as they are, or in bfloat16, which is exact."""
@@ -137,12 +141,6 @@ def read_experts(
         return converted if physical_to_logical_map is None else converted.take(order)
     for folder, names in _PER_EXPERT:
         first = f"{at}.{folder}.0"
-        if f"{first}.{names[0]}.qweight" in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.path}: {first}.{names[0]}.qweight: the layouts of GPTQ "
-                "and AWQ are not read; convert the checkpoint to BF16 or "
-                "compressed-tensors"
-            )
         if has_matrix(checkpoint, f"{first}.{names[0]}"):
             encoding = stored_encoding(checkpoint, [f"{first}.{n}" for n in names])
             gate, up, down = (
@@ -154,8 +152,8 @@ def read_experts(
         if f"{at}.{_FUSED}.gate_up_proj" not in checkpoint:
             raise KeyError(
                 f"{checkpoint.path}: layer {layer_idx} has no routed experts: expected "
-                f"{at}.mlp.experts.0.gate_proj.weight (or .weight_packed), "
-                f"{at}.block_sparse_moe.experts.0.w1.weight "
+                f"{at}.mlp.experts.0.gate_proj.weight (or .weight_packed, "
+                f".qweight), {at}.block_sparse_moe.experts.0.w1.weight "
                 f"or {at}.{_FUSED}.gate_up_proj"
             )
         encoding = Encoding.of("bf16")

@@ -44,7 +44,7 @@ def read_gguf_experts(
     Accepts, under `blk.{layer_idx}.`, `ffn_{gate,up,down}_exps.weight` and
     `ffn_gate_up_exps.weight` (all experts in a tensor), and
     `ffn_{gate,up,down}.E.weight` (a tensor for each). Types may differ between tensors,
-    but gate and up must have the same.
+    but gate and up must both be in blocks, or neither.
 
     Args:
       checkpoint: where to read.
@@ -60,7 +60,8 @@ def read_gguf_experts(
     Raises:
       KeyError: the layer has no experts, or a tensor is missing.
       CheckpointError: shapes that do not fit together, types that differ between
-        experts or between gate and up, or a type that is not read.
+        experts, gate in blocks and up not or the other way round, or a type that is not
+        read.
       ValueError: a bad map.
     """
     order = check_map(physical_to_logical_map, num_experts)
@@ -78,17 +79,21 @@ def read_gguf_experts(
                 f"{checkpoint.path}: {matrix.name}: experts of type {matrix.type} are "
                 f"not read; types that are: {', '.join(FORMATS)}"
             )
-    if FORMATS[gate.type] != FORMATS[up.type]:
+    if (gate.type in _NUMBERS) != (up.type in _NUMBERS):
         raise CheckpointError(
             f"{checkpoint.path}: {up.name} is {up.type} and {gate.name} {gate.type}: "
-            "gate and up of a layer must have the same type, since they are computed "
-            "together; quantise the model with one type for both"
+            "gate and up of a layer must both be in blocks, or both numbers, since "
+            "they are computed together; quantise the model so"
         )
     whole = physical_to_logical_map is None
-    arrays = (_stack(matrix, order, whole) for matrix in (gate, up, down))
-    formats = FORMATS[gate.type], FORMATS[down.type]
-    encoding, down_encoding = map(Encoding.of, formats)
-    return ExpertWeights(encoding, *arrays, down_encoding=down_encoding)
+    matrices = (gate, up, down)
+    arrays = (_stack(matrix, order, whole) for matrix in matrices)
+    encoding, up_encoding, down_encoding = (
+        Encoding.of(FORMATS[matrix.type]) for matrix in matrices
+    )
+    return ExpertWeights(
+        encoding, *arrays, up_encoding=up_encoding, down_encoding=down_encoding
+    )
 
 
 def _matrices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -118,6 +119,26 @@ class Checkpoint(Parts[SafetensorsFile]):
         for file in set(self._file_of.values()):
             file.release_pages()
 
+    @functools.cached_property
+    def quantization(self) -> Mapping[str, Any]:
+        """What is written beside the weights of how they are quantised; {} if nothing.
+
+        `quantization_config` of config.json, or the older quantize_config.json.
+
+        Raises:
+          CheckpointError: such a file is no JSON object.
+        """
+        folder = self.path if self.path.is_dir() else self.path.parent
+        config = _read_object(folder / "config.json").get("quantization_config")
+        if config is None:
+            return _read_object(folder / "quantize_config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: quantization_config must be an object, got "
+                f"{config!r}"
+            )
+        return config
+
 
 def save_file(
     path: str | os.PathLike[str],
@@ -178,11 +199,25 @@ def _open_directory(path: Path) -> dict[str, SafetensorsFile]:
     return {name: files[shard] for name, shard in weight_map.items()}
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_json(path: Path) -> Any:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no file."""
+    content = _read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got {type(content).__name__}"
+        )
+    return content
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()

@@ -10,6 +10,8 @@ Beside `.weight` in float32 or bfloat16 these layouts are read as they are:
 | rawint4 (Kimi-K2), int4_kgroup, int4 (all of compressed-tensors) | `.weight_packed`
   int32 `[out, in/8]`, `.weight_scale [out, groups]`, `.weight_shape [2]` |
 | mxfp4 | `.weight_packed` uint8 `[out, in/2]`, `.weight_scale` uint8 `[out, in/32]` |
+| mxfp8 | `.weight` e4m3, `.weight_scale` uint8 `[out, in/32]` |
+| int4_kgroup, int4 (GPTQ, AWQ) | `.qweight`, `.qzeros`, `.scales`: `ktjax.io.gptq` |
 
 Scales in float32, bfloat16 and float16 are kept exactly.
 """
@@ -22,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ktjax.io.gptq import is_packed, packed_encoding, read_packed
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint
 from ktjax.quant import FORMATS, Encoding, Quantized, decode
@@ -30,13 +33,15 @@ from ktjax.quant.formats import BLOCK, ENCODED_FORMATS
 Array = np.ndarray[Any, Any]
 
 _SCALE_DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
+_E8M0_DTYPES = (np.uint8, ml_dtypes.float8_e8m0fnu)
 # Layouts near to those above that would be misread without these tensors.
 _UNREAD = ("weight_zero_point", "weight_global_scale", "weight_g_idx")
 
 
 def has_matrix(checkpoint: Checkpoint, at: str) -> bool:
     """Whether there is a matrix named `at`, quantised or not."""
-    return f"{at}.weight" in checkpoint or f"{at}.weight_packed" in checkpoint
+    names = (f"{at}.{name}" for name in ("weight", "weight_packed", "qweight"))
+    return any(name in checkpoint for name in names)
 
 
 def stored_encoding(checkpoint: Checkpoint, matrices: Sequence[str]) -> Encoding:
@@ -57,6 +62,8 @@ def stored_encoding(checkpoint: Checkpoint, matrices: Sequence[str]) -> Encoding
             f"layer, got {kinds}"
         )
     kind = kinds[matrices[0]]
+    if kind == "gptq":
+        return packed_encoding(checkpoint, matrices)
     if kind == "packed":
         return _packed_encoding(checkpoint, matrices)
     return Encoding.of(kind)
@@ -73,12 +80,14 @@ def read_matrix(
       encoding: its format, from `stored_encoding`.
 
     Returns:
-      The weights; or values and scales in the plain layout of `encoding`.
+      The weights; or values, scales and zero points in the plain layout of `encoding`.
 
     Raises:
       CheckpointError: a wrong dtype, or shapes that contradict each other.
       KeyError: a tensor is missing.
     """
+    if is_packed(checkpoint, at):
+        return read_packed(checkpoint, at, encoding)
     packed = FORMATS[encoding.format].bits == 4
     key = f"{at}.weight_packed" if packed else f"{at}.weight"
     values = checkpoint[key]
@@ -93,7 +102,7 @@ def read_matrix(
         _check_true_shape(checkpoint, at, values)
     scale_key = f"{at}.{_scale_name(checkpoint, at)}"
     scales = checkpoint[scale_key]
-    if encoding.format == "mxfp4":
+    if encoding.spec.scale == "e8m0":
         return {key: values, scale_key: scales.view(np.uint8)}
     if not encoding.group_size:
         scales = scales.reshape(-1)
@@ -116,7 +125,9 @@ def read_dense(checkpoint: Checkpoint, at: str) -> Array:
 
 
 def _kind(checkpoint: Checkpoint, at: str) -> str:
-    """The name of the format; "packed" for compressed-tensors' INT4."""
+    """The name of the format; "gptq" or "packed" for INT4, by who packed it."""
+    if is_packed(checkpoint, at):
+        return "gptq"
     for name in _UNREAD:
         if f"{at}.{name}" in checkpoint:
             raise CheckpointError(
@@ -129,7 +140,7 @@ def _kind(checkpoint: Checkpoint, at: str) -> str:
         scale = checkpoint[f"{at}.weight_scale"].dtype
         if dtype == np.int32 and scale in _SCALE_DTYPES:
             return "packed"
-        if dtype == np.uint8 and scale in (np.uint8, ml_dtypes.float8_e8m0fnu):
+        if dtype == np.uint8 and scale in _E8M0_DTYPES:
             return "mxfp4"
         raise CheckpointError(
             f"{checkpoint.path}: {at}.weight_packed: expected int32 with float scales "
@@ -140,17 +151,23 @@ def _kind(checkpoint: Checkpoint, at: str) -> str:
         return "bf16"
     scale_name = _scale_name(checkpoint, at)
     scales = checkpoint[f"{at}.{scale_name}"]
-    kind = "int8" if weight.dtype == np.int8 else "fp8_channel"
-    if weight.ndim == 2 and scales.dtype in _SCALE_DTYPES:
-        outputs, depth = weight.shape
-        if scales.shape in ((outputs,), (outputs, 1)) and scale_name == "weight_scale":
+    outputs, depth = weight.shape if weight.ndim == 2 else (0, 0)
+    rows = {(outputs,), (outputs, 1)} if scale_name == "weight_scale" else set()
+    blocks = {(-(-outputs // BLOCK), -(-depth // BLOCK))}
+    groups = {(outputs, depth / FORMATS["mxfp8"].group)}
+    floats, e4m3 = scales.dtype in _SCALE_DTYPES, weight.dtype != np.int8
+    expected = "a scale for every row"
+    if e4m3:
+        expected += f" or every block of {BLOCK} x {BLOCK}, or of 32 depths in E8M0,"
+    for kind, allowed in (
+        ("fp8_channel" if e4m3 else "int8", floats and rows),
+        ("fp8_block", floats and e4m3 and blocks),
+        ("mxfp8", scales.dtype in _E8M0_DTYPES and e4m3 and groups),
+    ):
+        if outputs and allowed and scales.shape in allowed:
             return kind
-        blocks = (-(-outputs // BLOCK), -(-depth // BLOCK))
-        if scales.shape == blocks and kind == "fp8_channel":
-            return "fp8_block"
     raise CheckpointError(
-        f"{checkpoint.path}: {at}.{scale_name}: expected a scale for every row"
-        f"{'' if kind == 'int8' else f' or every block of {BLOCK} x {BLOCK}'} of "
+        f"{checkpoint.path}: {at}.{scale_name}: expected {expected} of "
         f"{weight.dtype}{list(weight.shape)}, got {scales.dtype}{list(scales.shape)}"
     )
 

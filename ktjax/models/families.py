@@ -18,7 +18,7 @@ from ktjax.quant.formats import BLOCK
 
 Parts = dict[str, Any]
 
-QUANTIZATION_METHODS = ("fp8", "compressed-tensors")
+QUANTIZATION_METHODS = ("fp8", "compressed-tensors", "gptq", "awq", "mxfp8")
 
 
 def read_config(raw: Mapping[str, Any]) -> Parts:
@@ -188,9 +188,10 @@ def _check_quantization(quantization: Any) -> None:
             f"quantization_config = {quantization!r} is not supported; supported "
             f"values of quant_method: {', '.join(QUANTIZATION_METHODS)}"
         )
-    if quantization.get("weight_block_size") not in (None, [BLOCK, BLOCK]):
+    if quantization.get("weight_block_size") not in (None, [BLOCK, BLOCK], [1, 32]):
         raise ConfigError(
-            f"quantization_config: weight_block_size must be [{BLOCK}, {BLOCK}], got "
+            f"quantization_config: weight_block_size must be [{BLOCK}, {BLOCK}], or "
+            f"[1, 32] of MXFP8, got "
             f"{quantization['weight_block_size']!r}"
         )
 

@@ -193,7 +193,9 @@ def programs(graph: Any, structure: Any) -> Programs:
     """
 
     def rebuild(leaves: list[Array]) -> Decoder:
-        return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+        model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+        model.eval()  # a copy; nothing is dropped from what it generates
+        return model
 
     @functools.partial(jax.jit, static_argnums=4)
     def prefill(

@@ -73,10 +73,12 @@ def from_pretrained(
         experts="reference". Routers, norms, tied heads and MLA's kv_b_proj are always
         XLA's.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
-      lora: adapters on every layer's experts, or None.
+      lora: adapters on every layer's experts, or None. Their dropout is on until
+        `model.eval()`; generation is without it in any case.
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
       remat: whether the backward pass computes each layer again, as in `Decoder`.
-      rngs: source of the adapters' initial values; `nnx.Rngs(0)` by default.
+      rngs: source of the adapters' initial values and, as its stream `dropout`, of
+        what is dropped; `nnx.Rngs(0)` by default.
 
     Returns:
       The model: `model(input_ids) -> logits [batch, sequence, vocab]`. The model
@@ -147,6 +149,7 @@ def from_pretrained(
                 own = lora.of_module(experts_name(index))
                 # The module scales by alpha / rank, rsLoRA by something else.
                 kwargs |= {"lora_rank": own.rank, "lora_alpha": own.scaling * own.rank}
+                kwargs |= {"dropout": own.dropout}
             weights = read_experts(checkpoint, index, config.num_experts)
             _check_experts(path, index, config, weights.shape)
             if experts == "reference":

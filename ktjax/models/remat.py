@@ -34,23 +34,29 @@ def recomputed(module: nnx.Module) -> Callable[..., Any]:
 
     Args:
       module: called as `module(x, *args)`, with x a float array; the other arguments
-        and the results are pytrees of arrays. Its state does not change in the call.
+        and the results are pytrees of arrays. Of its state only the counts of random
+        streams may change in the call, as with dropout: both computations start from
+        the same, so they draw the same.
     """
     graph, state = nnx.split(module)
 
     def call(x: Array, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten((state, args))
 
-        def apply(x: Array, *leaves: Array) -> Any:
+        def apply(x: Array, *leaves: Array) -> tuple[Any, nnx.State]:
             state, args = jax.tree.unflatten(structure, leaves)
-            return nnx.merge(graph, state)(x, *args)
+            copy = nnx.merge(graph, state, copy=True)
+            return copy(x, *args), nnx.state(copy, nnx.RngCount)
 
-        return _recomputed(apply, x, *leaves)
+        out, counts = _recomputed(apply, x, *leaves)
+        nnx.update(module, counts)
+        return out
 
     return call
 
 
-def _recomputed(apply: Callable[..., Any], *leaves: Array) -> Any:
+def _recomputed(apply: Callable[..., tuple[Any, Any]], *leaves: Array) -> Any:
+    """`apply(*leaves)`: results, and integers that have no gradient."""
     run = jax.custom_vjp(apply)
 
     def forward(*leaves: Any) -> tuple[Any, tuple[_Needs, list[Array]]]:
@@ -60,7 +66,7 @@ def _recomputed(apply: Callable[..., Any], *leaves: Array) -> Any:
 
     def backward(residuals: tuple[_Needs, list[Array]], grads: Any) -> tuple[Any, ...]:
         needs, (x, *rest) = residuals
-        cotangent = jax.tree.map(_instantiate, grads, is_leaf=_is_symbolic)
+        cotangent = jax.tree.map(_instantiate, grads[0], is_leaf=_is_symbolic)
 
         def compute(round: Array, _: Any) -> tuple[Array, ...]:
             # What does not change from round to round, XLA would take out of the loop.
@@ -78,14 +84,17 @@ def _recomputed(apply: Callable[..., Any], *leaves: Array) -> Any:
 
 
 def _pull_back(
-    apply: Callable[..., Any], values: list[Array], needs: _Needs, cotangent: Any
+    apply: Callable[..., tuple[Any, Any]],
+    values: list[Array],
+    needs: _Needs,
+    cotangent: Any,
 ) -> tuple[Array, ...]:
     """The gradients of the values that are needed."""
 
     def partial(*wanted: Array) -> Any:
         given = iter(wanted)
         pairs = zip(values, needs.flags, strict=True)
-        return apply(*(next(given) if flag else value for value, flag in pairs))
+        return apply(*(next(given) if flag else value for value, flag in pairs))[0]
 
     wanted = [v for v, flag in zip(values, needs.flags, strict=True) if flag]
     return jax.vjp(partial, *wanted)[1](cotangent)

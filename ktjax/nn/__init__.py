@@ -2,6 +2,7 @@
 
 from ktjax.experts_state import StoreHandle
 from ktjax.nn.dense import GatedMLP, linear
+from ktjax.nn.dropout import AdapterDropout
 from ktjax.nn.experts import ReferenceExperts, RoutedExperts
 from ktjax.nn.frozen import FrozenLinear
 from ktjax.nn.layer import MoELayer
@@ -17,6 +18,7 @@ from ktjax.nn.router import (
 from ktjax.nn.vocabulary import token_losses
 
 __all__ = [
+    "AdapterDropout",
     "CorrectionBias",
     "FrozenLinear",
     "GatedMLP",

@@ -9,6 +9,7 @@ from flax import nnx
 
 from ktjax.config import MAX_LORA_RANK
 from ktjax.lora import LoRA
+from ktjax.nn.dropout import AdapterDropout
 from ktjax.nn.stored import Stored
 from ktjax.ops import reference
 from ktjax.ops.api import moe
@@ -48,18 +49,25 @@ class _Adapted(nnx.Module):
         geometry: tuple[int, int, int],
         lora_rank: int | None,
         lora_alpha: float | None,
+        dropout: float,
         param_dtype: Any,
         rngs: nnx.Rngs | None,
     ) -> None:
         self.num_experts, self.intermediate_size, self.hidden_size = geometry
         self.lora_rank = lora_rank
         self.scaling = 1.0
-        if lora_rank is None:
-            return
-        if rngs is None:
-            raise ValueError("routed experts: lora_rank needs rngs to draw A from")
-        _init_lora(self, geometry, lora_rank, param_dtype, rngs)
-        self.scaling = (lora_rank if lora_alpha is None else lora_alpha) / lora_rank
+        if lora_rank is None and dropout:
+            raise ValueError(
+                "routed experts: dropout is of the adapters' inputs and needs a "
+                f"lora_rank, got a rate of {dropout} without one"
+            )
+        if lora_rank is not None:
+            if rngs is None:
+                raise ValueError("routed experts: lora_rank needs rngs to draw A from")
+            _init_lora(self, geometry, lora_rank, param_dtype, rngs)
+            self.scaling = (lora_rank if lora_alpha is None else lora_alpha) / lora_rank
+        # Last, so that adapters start the same whatever is dropped.
+        self.dropout = AdapterDropout(dropout, rngs=rngs, where="routed experts")
 
     @property
     def lora(self) -> LoRA | None:
@@ -67,6 +75,13 @@ class _Adapted(nnx.Module):
         if self.lora_rank is None:
             return None
         return LoRA(*(getattr(self, name)[...] for name in LoRA.NAMES))
+
+    def _dropped(self) -> dict[str, Any]:
+        """The arguments of an operation that are about dropout; draws a new seed."""
+        seed = self.dropout.seed()
+        if seed is None:
+            return {}
+        return {"dropout": self.dropout.rate, "dropout_seed": seed}
 
 
 class RoutedExperts(_Adapted, Stored):
@@ -81,6 +96,7 @@ class RoutedExperts(_Adapted, Stored):
       num_experts, hidden_size, intermediate_size: the store's geometry.
       lora_rank: rank of the adapters, or None.
       scaling: lora_alpha / lora_rank.
+      dropout: the `AdapterDropout` of the adapters' inputs; draws a seed a call.
       compute: "bf16", "int8" or None, as in `ktjax.moe`.
     """
 
@@ -90,6 +106,7 @@ class RoutedExperts(_Adapted, Stored):
         *,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         activation_policy: Literal["save", "recompute"] = "save",
         compute: Literal["bf16", "int8"] | None = None,
@@ -101,21 +118,24 @@ class RoutedExperts(_Adapted, Stored):
           store: the base weights.
           lora_rank: 1 to 256, or None for no adapters.
           lora_alpha: adapters are scaled by lora_alpha / lora_rank; None = lora_rank.
+          dropout: rate of dropout on the adapters' inputs, as in `ktjax.moe`. As of any
+            `nnx.Dropout`, `model.eval()` ends it and `model.train()` brings it back.
           param_dtype: dtype of the adapters, float32 or bfloat16.
           activation_policy: "save" or "recompute", as in `ktjax.moe`.
           compute: "bf16", "int8" or None, as in `ktjax.moe`.
-          rngs: source of A's initial values; needed with a rank.
+          rngs: source of A's initial values, and, as its stream `dropout`, of seeds;
+            needed with a rank.
 
         Raises:
-          ValueError: a rank without rngs or out of its range, or a policy that the
-            store's format does not have.
+          ValueError: a rank without rngs or out of its range, a policy that the store's
+            format does not have, or dropout out of its range or without a rank.
         """
         check_compute(compute, store.format, where="routed experts")
         self._hold(store)
         self.activation_policy = activation_policy
         self.compute = compute
         geometry = (store.num_experts, store.intermediate_size, store.hidden_size)
-        self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
+        self._setup(geometry, lora_rank, lora_alpha, dropout, param_dtype, rngs)
 
     def __call__(self, x: Array, ids: Array, w: Array) -> Array:
         """Sum of the chosen experts' outputs; pure and differentiable.
@@ -137,6 +157,7 @@ class RoutedExperts(_Adapted, Stored):
             scaling=self.scaling,
             activation_policy=self.activation_policy,
             compute=self.compute,
+            **self._dropped(),
         )
 
 
@@ -155,6 +176,7 @@ class ReferenceExperts(_Adapted):
         *,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
@@ -164,9 +186,11 @@ class ReferenceExperts(_Adapted):
         self.down = FrozenExperts(jnp.asarray(down, jnp.float32))
         experts, intermediate, hidden = gate.shape
         geometry = (experts, intermediate, hidden)
-        self._setup(geometry, lora_rank, lora_alpha, param_dtype, rngs)
+        self._setup(geometry, lora_rank, lora_alpha, dropout, param_dtype, rngs)
 
     def __call__(self, x: Array, ids: Array, w: Array) -> Array:
         """As `RoutedExperts.__call__`."""
         base = (self.gate[...], self.up[...], self.down[...])
-        return reference.moe(x, ids, w, *base, self.lora, scaling=self.scaling)
+        return reference.moe(
+            x, ids, w, *base, self.lora, scaling=self.scaling, **self._dropped()
+        )

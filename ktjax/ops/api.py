@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ktjax.lora import LoRA
 from ktjax.ops import vjp
+from ktjax.ops.dropout import check_dropout
 from ktjax.ops.native import Spec
 from ktjax.quant.formats import check_compute
 from ktjax.store import ExpertStore
@@ -31,6 +32,8 @@ def moe(
     scaling: float = 1.0,
     activation_policy: Literal["save", "recompute"] = "save",
     compute: Literal["bf16", "int8"] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Array | None = None,
 ) -> Array:
     """A mixture of experts with SwiGLU and LoRA, computed on the CPU.
 
@@ -45,7 +48,17 @@ def moe(
     have the values of `ExpertStore.dequantize()`, in the forward and the backward.
 
     Under `jax.vmap` over x, ids and w the batch is folded into the tokens, but for the
-    gradients of LoRA, which are computed one element at a time.
+    gradients of LoRA, which are computed one element at a time, and all with dropout.
+
+    With dropout the adapters see D(x) and D(h), where D sets a value to 0 with
+    probability p and divides it by 1 - p else:
+
+        g = x Wgᵀ + s (D(x) Agᵀ) Bgᵀ    and so on; the base sees all of x and h.
+
+    Each slot, so each expert of each token, has a mask of its own for x, which gate and
+    up share, and one for h. It is a function of the seed, of the slot's number
+    t * k + j among the call's tokens, and of the column, and is never stored: another
+    seed is another mask, the same one gives the same bits wherever it is computed.
 
     Args:
       x: `[..., hidden]`, float32 or bfloat16.
@@ -63,13 +76,17 @@ def moe(
         inference with an int8, int4, int4_kgroup or rawint4 store: the base products
         of the forward take activations quantised to int8, by token and group, and sum
         integers. The backward's products are those of "bf16" in either case.
+      dropout: the rate p of dropout on the adapters' inputs, static; 0 = none.
+      dropout_seed: `uint32[2]`, or a PRNG key; needed with a rate above 0, and best a
+        new one for each call of a training. No gradient passes through it.
 
     Returns:
       `[..., hidden]` in the dtype of x.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown policy, or compute="int8" with a
-        store of another format or with a bare handle, whose format is unknown here.
+      ValueError: shapes that do not fit, an unknown policy, compute="int8" with a
+        store of another format or with a bare handle, whose format is unknown here, a
+        rate outside [0, 1), or one above 0 without a seed or without adapters.
       TypeError: wrong dtypes.
       jax.errors.JaxRuntimeError or ValueError: raised when the call runs, for an id out
         of range and for a closed store.
@@ -84,12 +101,13 @@ def moe(
     format = store.format if isinstance(store, ExpertStore) else None
     int8 = check_compute(compute, format, where="moe")
     keep = activation_policy == "save" and intermediate is not None
-    spec = Spec(intermediate, float(scaling), keep, int8)
-    return _moe(spec, x, ids, w, handle, lora)
+    seed = check_dropout(dropout, dropout_seed, lora, where="moe")
+    spec = Spec(intermediate, float(scaling), keep, int8, float(dropout))
+    return _moe(spec, x, ids, w, handle, lora, seed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moe(spec, x, ids, w, handle, lora):
+def _moe(spec, x, ids, w, handle, lora, seed):
     tokens = math.prod(x.shape[:-1])
     k = ids.shape[-1]
     y = vjp.moe(
@@ -99,6 +117,7 @@ def _moe(spec, x, ids, w, handle, lora):
         w.reshape(tokens, k),
         handle,
         lora,
+        seed,
     )
     return y.reshape(x.shape)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ktjax import backend  # noqa: F401  (registers the targets)
 from ktjax.lora import LoRA
+from ktjax.ops.dropout import threshold
 
 Array = Any
 _TILE = 32  # kDepth of the native library: columns of kept values are padded to this
@@ -28,12 +29,14 @@ class Spec:
       keep: whether the forward keeps values for the backward.
       int8: whether base products of the forward, and of its recomputation in the
         backward, quantise activations to int8.
+      dropout: the rate at which the adapters' inputs are dropped.
     """
 
     intermediate: int | None
     scaling: float
     keep: bool
     int8: bool
+    dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +65,26 @@ def _kept_shapes(spec: Spec, x: Array, ids: Array, lora: LoRA | None) -> list[An
 
 def _attributes(spec: Spec, lora: LoRA | None) -> dict[str, Any]:
     return {
-        "scaling": np.float32(spec.scaling),
+        # What dropout keeps is scaled by 1 / (1 - rate): everything of LoRA passes s.
+        "scaling": np.float32(spec.scaling / (1 - spec.dropout)),
         "has_lora": lora is not None,
+        "dropout": np.uint32(threshold(spec.dropout)),
         "int8": spec.int8,
     }
 
 
-def _operands(lora: LoRA | None) -> tuple[Array, ...]:
-    return () if lora is None else lora.arrays()
+def _operands(spec: Spec, lora: LoRA | None, seed: Array | None) -> tuple[Array, ...]:
+    if lora is None:
+        return ()
+    return (*lora.arrays(), seed) if threshold(spec.dropout) else lora.arrays()
 
 
 @functools.cache
 def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
-    """`f(x [tokens, hidden], ids, w, handle, lora) -> (y, kept values)`."""
+    """`f(x [tokens, hidden], ids, w, handle, lora, seed) -> (y, kept values)`."""
 
     @jax.custom_batching.custom_vmap
-    def call(x, ids, w, handle, lora):
+    def call(x, ids, w, handle, lora, seed):
         kept = _kept_shapes(spec, x, ids, lora) if spec.keep else []
         y, *kept = jax.ffi.ffi_call(
             "ktjax_moe_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept]
@@ -86,36 +93,44 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
             ids,
             w,
             handle,
-            *_operands(lora),
+            *_operands(spec, lora, seed),
             keep=spec.keep,
             **_attributes(spec, lora),
         )
         return y, tuple(kept)
 
     @call.def_vmap
-    def batched(axis_size, in_batched, x, ids, w, handle, lora):
-        args = (x, ids, w, handle, lora)
-        shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[4]))
-        if not shared:
+    def batched(axis_size, in_batched, x, ids, w, handle, lora, seed):
+        args = (x, ids, w, handle, lora, seed)
+        if not _folds(spec, in_batched[3:]):
             out = one_by_one(call, in_batched, args)
         else:
             # Kept values have a row per slot, so a batch of tokens is just more tokens.
             rows = fold(axis_size, in_batched[:3], args[:3])
-            out = unfold(axis_size, call(*rows, handle, lora))
+            out = unfold(axis_size, call(*rows, handle, lora, seed))
         return out, jax.tree.map(lambda _: True, out)
 
     return call
 
 
+def _folds(spec: Spec, in_batched: Any) -> bool:
+    """Whether a batch is just more tokens.
+
+    That is where all else is the same for every element, as `in_batched` says of it,
+    and where slots may be numbered anew, which dropout does not allow.
+    """
+    return not any(jax.tree.leaves(in_batched)) and not threshold(spec.dropout)
+
+
 @functools.cache
 def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
-    """`f(x, ids, w, handle, gy, lora, kept) -> (grad x, grad w, grad LoRA)`.
+    """`f(x, ids, w, handle, gy, lora, seed, kept) -> (grad x, grad w, grad LoRA)`.
 
     Gradients that nobody needs are None.
     """
 
     @jax.custom_batching.custom_vmap
-    def call(x, ids, w, handle, gy, lora, kept):
+    def call(x, ids, w, handle, gy, lora, seed, kept):
         results = []
         if needs.x:
             results.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -130,7 +145,7 @@ def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
                 w,
                 handle,
                 gy,
-                *_operands(lora),
+                *_operands(spec, lora, seed),
                 *kept,
                 kept=bool(kept),
                 need_x=needs.x,
@@ -144,20 +159,20 @@ def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
         return grad_x, grad_w, LoRA(*out) if needs.lora else None
 
     @call.def_vmap
-    def batched(axis_size, in_batched, x, ids, w, handle, gy, lora, kept):
-        args = (x, ids, w, handle, gy, lora, kept)
-        shared = not in_batched[3] and not any(jax.tree.leaves(in_batched[5]))
-        if needs.lora or not shared:
+    def batched(axis_size, in_batched, x, ids, w, handle, gy, lora, seed, kept):
+        args = (x, ids, w, handle, gy, lora, seed, kept)
+        shared = (in_batched[3], *in_batched[5:7])
+        if needs.lora or not _folds(spec, shared):
             # Every element of the batch has a LoRA gradient of its own.
             out = one_by_one(call, in_batched, args)
         else:
             tokens = fold(
                 axis_size,
-                [*in_batched[:3], in_batched[4], in_batched[6]],
+                [*in_batched[:3], in_batched[4], in_batched[7]],
                 [x, ids, w, gy, kept],
             )
             x, ids, w, gy, kept = tokens
-            out = unfold(axis_size, call(x, ids, w, handle, gy, lora, kept))
+            out = unfold(axis_size, call(x, ids, w, handle, gy, lora, seed, kept))
         return out, jax.tree.map(lambda _: True, out)
 
     return call

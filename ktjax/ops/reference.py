@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ktjax.lora import LinearLoRA, LoRA
+from ktjax.ops.dropout import check_dropout, keep
 
 Array = Any
 
@@ -22,6 +23,8 @@ def moe(
     lora: LoRA | None = None,
     *,
     scaling: float = 1.0,
+    dropout: float = 0.0,
+    dropout_seed: Array | None = None,
 ) -> Array:
     """Routed experts with SwiGLU and LoRA, in float32, one expert at a time.
 
@@ -42,6 +45,9 @@ def moe(
       down: `[experts, hidden, intermediate]`.
       lora: adapters, or None.
       scaling: s = lora_alpha / lora_rank.
+      dropout: rate of dropout on the adapters' inputs, as in `ktjax.moe`, with the very
+        masks of the kernels.
+      dropout_seed: `uint32[2]`, or a PRNG key; needed with a rate above 0.
 
     Returns:
       `[..., hidden]` in the dtype of x.
@@ -51,13 +57,22 @@ def moe(
     rows = x.reshape(-1, hidden).astype(f32)
     slot_ids = ids.reshape(-1, ids.shape[-1])
     slot_w = w.reshape(-1, w.shape[-1]).astype(f32)
+    seed = check_dropout(dropout, dropout_seed, lora, where="reference.moe")
+    keep_x = keep_h = None
+    if seed is not None:
+        # Every slot has masks of its own, so slots take the place of tokens.
+        slots, scaling = slot_ids.size, scaling / (1 - dropout)
+        rows = jnp.repeat(rows, ids.shape[-1], axis=0)
+        slot_ids, slot_w = slot_ids.reshape(-1, 1), slot_w.reshape(-1, 1)
+        keep_x = keep(seed, slots, hidden, "x", dropout)
+        keep_h = keep(seed, slots, gate.shape[1], "h", dropout)
 
     def add_expert(total, expert):
         index, base, adapter = expert
         a = adapter or LoRA(*[None] * 6)
-        g = _project(rows, base[0], a.gate_a, a.gate_b, scaling)
-        u = _project(rows, base[1], a.up_a, a.up_b, scaling)
-        d = _project(jax.nn.silu(g) * u, base[2], a.down_a, a.down_b, scaling)
+        g = _project(rows, base[0], a.gate_a, a.gate_b, scaling, keep_x)
+        u = _project(rows, base[1], a.up_a, a.up_b, scaling, keep_x)
+        d = _project(jax.nn.silu(g) * u, base[2], a.down_a, a.down_b, scaling, keep_h)
         share = jnp.sum(jnp.where(slot_ids == index, slot_w, 0.0), axis=-1)
         # A token that did not choose this expert must not see its values at all: zero
         # times an overflow is not zero.
@@ -70,6 +85,8 @@ def moe(
         jnp.zeros_like(rows),
         (experts, (gate, up, down), lora),
     )
+    if seed is not None:
+        total = total.reshape(-1, ids.shape[-1], hidden).sum(1)
     return total.astype(x.dtype).reshape(x.shape)
 
 
@@ -91,12 +108,22 @@ def linear(
     return _project(x.astype(jnp.float32), weight, a, b, scaling).astype(x.dtype)
 
 
-def _project(rows: Array, weight: Array, a: Array, b: Array, scaling: float) -> Array:
-    """Rows in float32; a and b may be None."""
+def _project(
+    rows: Array,
+    weight: Array,
+    a: Array,
+    b: Array,
+    scaling: float,
+    keep: Array | None = None,
+) -> Array:
+    """Rows in float32; a and b may be None. Adapters see the values to `keep` only."""
 
     def product(rows: Array, matrix: Array) -> Array:
         matrix = matrix.astype(jnp.float32)
         return jnp.matmul(rows, matrix.T, precision=jax.lax.Precision.HIGHEST)
 
     out = product(rows, weight)
-    return out if a is None else out + scaling * product(product(rows, a), b)
+    if a is None:
+        return out
+    seen = rows if keep is None else jnp.where(keep, rows, 0)
+    return out + scaling * product(product(seen, a), b)

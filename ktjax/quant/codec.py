@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -166,9 +166,11 @@ def _encode_block(w: Array, encoding: Encoding) -> tuple[Array, Array, Array | N
         case "fp8_channel":
             scales = flush(np.abs(pieces).max(axis=1) / np.float32(448))
             codes = _e4m3_rows(pieces, scales)
+        case "mxfp4":
+            codes, scales = _encode_mx(pieces, to_e2m1, E2M1_VALUES)
         case _:
-            assert encoding.format == "mxfp4"
-            codes, scales = _encode_mxfp4(pieces)
+            assert encoding.format == "mxfp8"
+            codes, scales = _encode_mx(pieces, to_e4m3, E4M3_VALUES)
     if group:
         scales = scales.reshape(rows, -1)
         zeros = None if zeros is None else zeros.reshape(rows, -1)
@@ -190,13 +192,17 @@ def _e4m3_rows(w: Array, scales: Array) -> Array:
     return to_e4m3(integers.divide(w, scales))
 
 
-def _encode_mxfp4(w: Array) -> tuple[Array, Array]:
+def _encode_mx(
+    w: Array, to_codes: Callable[[Array], Array], numbers: Array
+) -> tuple[Array, Array]:
+    """Powers of two that bring amax to the binade of the codes' largest number."""
     amax = np.abs(w).max(axis=1)
-    # frexp has mantissas in [1/2, 1): floor(log2 amax) is its exponent - 1.
-    exponent = np.clip(np.frexp(amax)[1] - 1 - 2, -126, 127)
+    # frexp has mantissas in [1/2, 1): floor(log2 x) is its exponent - 1.
+    largest = np.frexp(np.nanmax(numbers))[1]
+    exponent = np.clip(np.frexp(amax)[1] - largest, -126, 127)
     exponent = np.where(amax == 0, 0, exponent)
     scales = np.ldexp(np.float32(1), exponent)
-    codes = np.where(amax[:, None] == 0, 0, to_e2m1(w / scales[:, None]))
+    codes = np.where(amax[:, None] == 0, 0, to_codes(w / scales[:, None]))
     return codes.astype(np.uint8), (exponent + 127).astype(np.uint8)
 
 

@@ -79,6 +79,7 @@ FORMATS: dict[str, Format] = {
         Format("fp8_channel", 8, "e4m3", "float32"),
         Format("rawint4", 4, "int4", "bfloat16", group=32, int8_compute=True),
         Format("mxfp4", 4, "e2m1", "e8m0", group=32),
+        Format("mxfp8", 8, "e4m3", "e8m0", group=32),
         _blocks("q4_0", 4, 32, 18),
         _blocks("q4_1", 4, 32, 20),
         _blocks("q5_0", 5, 32, 22),
@@ -126,6 +127,7 @@ class Quantized(NamedTuple):
     | fp8_channel | float8_e4m3fn `[E, O, D]` | float32 `[E, O]` | |
     | rawint4 | uint8 `[E, O, D/2]` | bfloat16 `[E, O, D/32]` | |
     | mxfp4 | uint8 `[E, O, D/2]` | uint8 `[E, O, D/32]`, the exponent + 127 | |
+    | mxfp8 | float8_e4m3fn `[E, O, D]` | uint8 `[E, O, D/32]`, likewise | |
     | those of GGUF | uint8 `[E, O, bytes of a row of blocks]` | | |
 
     4-bit values may also be int32 `[E, O, D/8]`, the same bytes (compressed-tensors);

@@ -139,7 +139,11 @@ class TrainConfig:
         ),
     ] = dataclasses.field(default_factory=dict)
     lora_dropout: Annotated[
-        float, Option("0: dropout of the adapters' input alone is not built", least=0)
+        float,
+        Option(
+            "share of the adapters' input values that a training step drops; below 1",
+            least=0,
+        ),
     ] = 0.0
     targets: Annotated[
         str,

@@ -96,6 +96,7 @@ def skeleton(
             store,
             lora_rank=own.rank,
             lora_alpha=own.scaling * own.rank,
+            dropout=own.dropout,
             activation_policy=config.activation_policy,
             rngs=nnx.Rngs(0),
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from rich.console import Console
 
@@ -71,7 +72,7 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
         chats, questions = split_chats(chats, config.eval_split, config.seed)
     train = tokenize(chats, tokenizer, config.sequence_length)
     evaluation = tokenize(questions, tokenizer, config.sequence_length)
-    model = _load(config, nnx.Rngs(config.seed))
+    model = _load(config, random_streams(config.seed))
     try:
         check_targets(model, config.targets)
         if config.init_adapter is not None:
@@ -117,6 +118,15 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
         _say(console, f"the adapter in PEFT's format: {exported}")
     _say(console, f'try it: ktjax generate --run {output_dir} "your prompt"')
     return TrainResult(output_dir, result, before, after)
+
+
+def random_streams(seed: int) -> nnx.Rngs:
+    """What a model draws from: its adapters' start, and dropout from another stream.
+
+    So adapters start the same whatever is dropped.
+    """
+    key = jax.random.key(seed)
+    return nnx.Rngs(key, dropout=jax.random.fold_in(key, 2**32 - 1))
 
 
 def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:

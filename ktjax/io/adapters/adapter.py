@@ -113,7 +113,7 @@ class Adapter:
         return self.strengths.get(layer, Strength(self.rank, self.alpha))
 
     def lora_config(self) -> LoRAConfig:
-        """What a model is loaded with to take this adapter."""
+        """What a model is loaded with to take this adapter; without dropout."""
         own = {rf"layers\.{index}\..*": s for index, s in self.strengths.items()}
         return LoRAConfig(
             self.rank,

@@ -189,7 +189,8 @@ def _config(
     """The content of adapter_config.json.
 
     Never rsLoRA: when PEFT joins gate and up it doubles rank and alpha, which leaves
-    alpha / rank alone but not alpha / √rank.
+    alpha / rank alone but not alpha / √rank. Never dropout, whatever the training had:
+    PEFT makes one parameter of per-expert adapters too, and refuses dropout for it.
     """
     is_fused = layout == "peft-fused"
     ranks, alphas = _patterns(adapter, is_fused)

@@ -156,6 +156,7 @@ def run_train(options: argparse.Namespace) -> dict[str, Any]:
     from ktjax.nn import FrozenLinear
     from ktjax.train import fit, read_chats, tokenize
     from ktjax.train.plan_program import tree_bytes
+    from ktjax.train.run import random_streams
 
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(options, Path(directory))
@@ -170,7 +171,7 @@ def run_train(options: argparse.Namespace) -> dict[str, Any]:
             lora=config.lora,
             activation_policy=config.activation_policy,
             remat=config.remat,
-            rngs=nnx.Rngs(config.seed),
+            rngs=random_streams(config.seed),
         )
         loaded = time.perf_counter() - began
         print(f"loaded in {loaded:.1f} s", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """The embedded demo: its checkpoint, its data, and a few steps of the real thing."""
 
+import importlib.util
 import io
 import json
 import sys
@@ -14,10 +15,12 @@ from rich.console import Console
 
 from ktjax import assets, cli
 from ktjax.config import LoRAConfig
+from ktjax.io.adapters import AdapterError
 from ktjax.models import Tokenizer, from_pretrained
 from ktjax.train import (
     Batcher,
     TrainConfig,
+    demo,
     make_eval_step,
     read_chats,
     read_config_file,
@@ -139,7 +142,29 @@ def test_packed_chats_do_not_see_each_other(model, examples):
     assert packed[0] == pytest.approx(padded[0], rel=1e-5)
 
 
-def test_demo_trains_resumes_and_generates(tmp_path, capsys):
+def test_other_logits_end_the_demo(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(demo, "read_run", lambda out: None)
+    monkeypatch.setattr(demo, "write_adapter", lambda *args, **kwargs: None)
+    monkeypatch.setattr(demo, "merge_checkpoint", lambda *args: None)
+    ours = demo._logits(model, np.arange(24)[None])
+    said = []
+
+    def finish(off, compare=True):
+        monkeypatch.setattr(demo, "_logits_of_torch", lambda *args: ours * (1 + off))
+        demo.finish_demo(model, Path("base"), tmp_path, said.append, compare=compare)
+
+    finish(1e-4)
+    assert "PEFT with the adapter, 1e-04" in said[-1]
+    message = r"adapter: the logits of PEFT .* differ .* by (5|nan).* at most 1e-03"
+    for off in (0.05, float("nan")):
+        with pytest.raises(AdapterError, match=message):
+            finish(off)
+    finish(0.05, compare=False)
+    assert "the base is quantised" in said[-1]
+
+
+def test_demo_trains_resumes_and_generates(tmp_path, capsys, model):
     console = Console(file=io.StringIO(), width=100)
     out = tmp_path / "run"
     result = run_training(TrainConfig(output_dir=out, **QUICK), console)
@@ -163,6 +188,12 @@ def test_demo_trains_resumes_and_generates(tmp_path, capsys):
     assert TrainConfig(**settings) == TrainConfig(output_dir=out, **QUICK)
     words = ("trained", "adapters of the experts, 3 layers", "frozen", "loss  ")
     assert all(word in text for word in words)
+    peers = all(map(importlib.util.find_spec, ("torch", "transformers", "peft")))
+    assert ("logits differ by, of the largest: PEFT" in text) == peers
+    assert ("not compared with PEFT and transformers" in text) != peers
+    merged = from_pretrained(out / "merged", experts="reference", dtype="float32")
+    ids = jnp.arange(12).reshape(2, 6)
+    assert np.abs(logits_of(merged, ids) - logits_of(model, ids)).max() > 0
 
     assert cli.main(["generate", "--run", str(out), "copy: fox"]) == 0
     trained = capsys.readouterr().out.strip()

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from ktjax.io.adapters import AdapterError, said, write_adapter
+from ktjax.io.adapters import AdapterError, said
 from ktjax.io.adapters.names import kind_of
 from ktjax.models import (
     Decoder,
@@ -24,18 +24,22 @@ from ktjax.models import (
 )
 from ktjax.models.adapters import strength_of
 from ktjax.models.targets import adapted
-from ktjax.train.adapters import read_run, read_run_or_adapter
+from ktjax.train.adapters import read_run_or_adapter
 from ktjax.train.answers import Answer, answer_chats
 from ktjax.train.config import TrainConfig
 from ktjax.train.config_file import write_config_file
 from ktjax.train.curve import draw_curve, sparkline
 from ktjax.train.data import Chat, read_chats, split_chats, tokenize
+from ktjax.train.demo import finish_demo
 from ktjax.train.loop import FitResult, fit, refuse_old_run
 from ktjax.train.metrics import read_metrics
 from ktjax.train.report import ProgressReport, match_table, sample_table
 from ktjax.train.trainable import parts_of, parts_table
 
 CONFIG_NAME = "config.yaml"
+# Formats that change no value of a checkpoint in bfloat16.
+_EXACT_EXPERTS = (None, "auto", "bf16", "reference")
+_EXACT_DENSE = (None, "bf16", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class TrainResult:
 
     Attributes:
       output_dir: where config.yaml, metrics.jsonl and checkpoints/ are; of the demo,
-        adapter/ too.
+        adapter/ and merged/ too.
       fit: how the loop ended.
       before: answers of the base model.
       after: answers of the trained one; empty when interrupted.
@@ -106,17 +110,21 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
                 console, f"{early}best evaluation: {result.checkpoint}, used from here"
             )
         after = answer()
+        if after:
+            console.print(match_table(before, after))
+            console.print(sample_table(before, after))
+        if config.model is None:  # the demo shows the way to the end
+            finish_demo(
+                model,
+                config.model_path,
+                output_dir,
+                functools.partial(_say, console),
+                compare=config.experts in _EXACT_EXPERTS
+                and config.dense in _EXACT_DENSE
+                and config.dtype == "float32",
+            )
     finally:
         model.close()
-    if after:
-        console.print(match_table(before, after))
-        console.print(sample_table(before, after))
-    if config.model is None:
-        # The demo shows the way to the end: a file that PEFT loads.
-        exported = output_dir / "adapter"
-        adapter = read_run(output_dir)
-        write_adapter(exported, adapter, model.config.model_type, replace=True)
-        _say(console, f"the adapter in PEFT's format: {exported}")
     _say(console, f'try it: ktjax generate --run {output_dir} "your prompt"')
     return TrainResult(output_dir, result, before, after)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ktjax import doctor
 from ktjax.commands import (
+    BenchConfig,
     ChatConfig,
     ConvertConfig,
     ExportConfig,
@@ -21,6 +22,7 @@ from ktjax.commands import (
     InspectConfig,
     MergeConfig,
     PlanConfig,
+    run_bench,
     run_chat,
     run_convert,
     run_export,
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", _add_merge, "write a model with an adapter in its weights"),
         ("convert", _add_convert, "write a model with its experts in another format"),
         ("inspect", _add_inspect, "show what a checkpoint or an adapter holds"),
+        ("bench", _add_bench, "measure the kernels on this machine"),
         ("doctor", _add_doctor, "show what ktjax sees of this machine"),
     ):
         # No abbreviations: a new option must not change what an old command means.
@@ -166,6 +169,15 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     """Show what a model, an adapter or a training holds, from headers alone."""
     _add_options(parser, InspectConfig)
     parser.set_defaults(call=_inspect)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    """Measure forward, forward with LoRA and train step of a layer of random weights.
+
+    Beside them stand this machine's own peaks, measured in turns with them.
+    """
+    _add_options(parser, BenchConfig)
+    parser.set_defaults(call=_bench)
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +278,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     run_inspect(InspectConfig(**_config_arguments(args, InspectConfig)), Console())
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    run_bench(BenchConfig(**_config_arguments(args, BenchConfig)), Console())
     return 0
 
 

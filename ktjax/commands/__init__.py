@@ -1,7 +1,9 @@
-"""What the commands do: plan, generate, chat, convert, export, merge, inspect."""
+"""What the commands do: one module and one configuration each."""
 
+from ktjax.commands.bench import run_bench
 from ktjax.commands.chat import run_chat
 from ktjax.commands.config import (
+    BenchConfig,
     ChatConfig,
     ConvertConfig,
     ExportConfig,
@@ -18,6 +20,7 @@ from ktjax.commands.merge import run_merge
 from ktjax.commands.plan import run_plan
 
 __all__ = [
+    "BenchConfig",
     "ChatConfig",
     "ConvertConfig",
     "ExportConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "InspectConfig",
     "MergeConfig",
     "PlanConfig",
+    "run_bench",
     "run_chat",
     "run_convert",
     "run_export",

@@ -242,3 +242,58 @@ class PlanConfig:
         shared = {name: value for name, value in given.items() if name in names}
         # Its data are never read.
         return TrainConfig(train_data=self.model, **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """The layer to measure, and how."""
+
+    model: Annotated[
+        Path | None,
+        Option(
+            "directory of a model, whose sizes are read from config.json "
+            "(default: a layer of Qwen3-30B-A3B)"
+        ),
+    ] = None
+    experts: Annotated[
+        str, Option(f"storage format of the experts: {', '.join(ENCODED_FORMATS)}")
+    ] = "bf16"
+    group_size: Annotated[
+        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
+    ] = None
+    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
+        False
+    )
+    lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
+    tokens: Annotated[
+        str, Option("numbers of tokens, comma-separated; 1 is decoding")
+    ] = "1,32,512,2048"
+    num_experts: Annotated[
+        int | None, Option("measure a layer of so many experts only", least=1)
+    ] = None
+    seconds: Annotated[
+        float, Option("to spend on each line of the table", above=0, most=600)
+    ] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.encoding.check_encoded(where="bench")
+        _ = self.token_counts
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the experts are stored."""
+        return Encoding.of(
+            self.experts, self.group_size, self.zero_point, where="bench"
+        )
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """`tokens` as numbers."""
+        parts = self.tokens.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise ValueError(
+                "BenchConfig.tokens must be positive numbers, comma-separated, got "
+                f"{self.tokens!r}"
+            )
+        return tuple(map(int, parts))

@@ -60,7 +60,7 @@ def compiled_bytes(model: ModelConfig, config: TrainConfig) -> int:
 
 def abstract(model: ModelConfig, config: TrainConfig) -> tuple[SplitModel, TrainState]:
     """The parts of a model and of the state that trains it, as shapes alone."""
-    encoding = _encoding(config)
+    encoding = encoding_of(config)
     for depth in (model.hidden_size, model.moe_intermediate_size):
         encoding.check_depth(depth, where="plan: hidden or intermediate size")
     geometry = Geometry(
@@ -120,7 +120,7 @@ def skeleton(
     return decoder
 
 
-def _encoding(config: TrainConfig) -> Encoding:
+def encoding_of(config: TrainConfig) -> Encoding:
     """How the experts are stored."""
     format = config.experts or "bf16"
     return Encoding.of(format, config.group_size, config.zero_point, where="plan")
@@ -141,7 +141,8 @@ def shallow(model: ModelConfig, depth: int) -> ModelConfig:
 
 def store_bytes(model: ModelConfig, config: TrainConfig) -> int:
     """Bytes of the store of one layer's experts: as many times those of one expert."""
-    with random_store(model, config, experts=1) as store:
+    sizes = model.hidden_size, model.moe_intermediate_size
+    with random_store(encoding_of(config), 1, *sizes) as store:
         return store.nbytes * model.num_experts
 
 
@@ -153,7 +154,7 @@ def linear_bytes(model: ModelConfig, config: TrainConfig) -> int:
         kinds.append(kind)
         return LinearStore(np.zeros(2, np.uint32), kind)
 
-    encoding = _encoding(config)
+    encoding = encoding_of(config)
     sizes = (model.num_experts, model.hidden_size, model.moe_intermediate_size)
     nowhere = ExpertStore(np.zeros(2, np.uint32), Geometry(encoding.format, *sizes))
     skeleton(model, config, nowhere, note)
@@ -180,19 +181,18 @@ def _with_outputs(kind: LinearGeometry, outputs: int) -> int:
 
 @contextmanager
 def random_store(
-    model: ModelConfig, config: TrainConfig, experts: int
+    encoding: Encoding, experts: int, hidden: int, width: int
 ) -> Iterator[ExpertStore]:
     """A store of `experts` experts with random weights, closed at the end."""
-    hidden, inner = model.hidden_size, model.moe_intermediate_size
-    wide = _random((experts, inner, hidden))
-    tall = wide.reshape(experts, hidden, inner)
+    wide = _random((experts, width, hidden))
+    tall = wide.reshape(experts, hidden, width)
     store = ExpertStore.from_arrays(
         wide,
         wide,
         tall,
-        format=_encoding(config).format,
-        group_size=config.group_size,
-        zero_point=config.zero_point,
+        format=encoding.format,
+        group_size=encoding.group_size or None,
+        zero_point=encoding.zero_point,
     )
     del wide, tall
     try:

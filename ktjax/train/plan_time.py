@@ -16,6 +16,7 @@ from ktjax.store_linear import LinearGeometry, LinearStore
 from ktjax.train.config import TrainConfig
 from ktjax.train.optimizer import make_optimizer
 from ktjax.train.plan_program import (
+    encoding_of,
     fill,
     random_batch,
     random_linear,
@@ -84,7 +85,12 @@ def measure_time(
         return linears[kind]
 
     try:
-        with random_store(model, config, measured.num_experts) as store:
+        with random_store(
+            encoding_of(config),
+            measured.num_experts,
+            measured.hidden_size,
+            measured.moe_intermediate_size,
+        ) as store:
             kinds = ((small, 1), (small, _DEEP), (measured, 1))
             steps = [
                 _prepare(shallow(kind, depth), config, store, linear)

@@ -168,6 +168,15 @@ struct Avx512Decoder {
     }
   }
 
+  // The values of a line of INT8 codes, rounded: those of 16 outputs at one depth, then
+  // at the next.
+  [[gnu::always_inline]] static void Halves(const Row& row, __m512i lane,
+                                            __m512i (&values)[2]) {
+    const __m512i upper = _mm512_srli_epi32(lane, 16);
+    values[0] = JoinHalves(Product<0>(row, lane), Product<8>(row, lane));
+    values[1] = JoinHalves(Product<0>(row, upper), Product<8>(row, upper));
+  }
+
  private:
   static __m512i LoadBytes(const uint8_t* src) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));

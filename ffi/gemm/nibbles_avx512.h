@@ -278,27 +278,6 @@ void ContractCodes(const StripRows& a, int rows, const QuantPanel& panel,
   kContract[rows - 1](a, panel, first_pair, pairs, c, c_stride, prefetch);
 }
 
-// The entry of struct Kernels.
-inline bool Avx512ContractCodes(const StripRows& a, int rows, const QuantPanel& panel,
-                                int first_pair, int pairs, float* c, ptrdiff_t c_stride,
-                                Prefetch* prefetch) {
-  const auto contract = [&](auto layout) {
-    ContractCodes<decltype(layout)>(a, rows, panel, first_pair, pairs, c, c_stride,
-                                    prefetch);
-    return true;
-  };
-  switch (panel.format) {
-    case Format::kInt4:
-    case Format::kInt4KGroup:
-      return panel.zeros ? contract(Layout<Code::kInt4, ScaleType::kFloat32, true>{})
-                         : contract(Layout<Code::kInt4, ScaleType::kFloat32>{});
-    case Format::kRawInt4:
-      return contract(Layout<Code::kInt4, ScaleType::kBf16>{});
-    default:
-      return false;
-  }
-}
-
 }  // namespace
 }  // namespace ktjax
 

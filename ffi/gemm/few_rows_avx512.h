@@ -4,9 +4,10 @@
 // A strip at a time: its 16 outputs have sums of even and of odd depth pairs for every
 // row, so that a product need not wait for the one before it.
 // Everything is static: a file compiled with ISA flags must not share code with others.
-#ifndef KTJAX_FFI_GEMM_DOT_AVX512_H_
-#define KTJAX_FFI_GEMM_DOT_AVX512_H_
+#ifndef KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
+#define KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
 
+#include "gemm/contract_int8_avx512.h"
 #include "gemm/decode_avx512.h"
 #include "gemm/decode_blocks_avx512.h"
 #include "gemm/nibbles_avx512.h"
@@ -138,7 +139,8 @@ void DotAnyRows(const bf16* a, ptrdiff_t a_stride, int rows, const QuantPanel& p
   kRun[rows - 1](a, a_stride, panel, depth, c, prefetch);
 }
 
-// The entry of struct Kernels.
+// Entries of struct Kernels.
+
 inline bool Avx512DotCodes(const bf16* a, ptrdiff_t a_stride, int rows,
                            const QuantPanel& panel, int depth, float* c,
                            Prefetch* prefetch) {
@@ -183,7 +185,30 @@ inline bool Avx512DotCodes(const bf16* a, ptrdiff_t a_stride, int rows,
   }
 }
 
+inline bool Avx512ContractCodes(const StripRows& a, int rows, const QuantPanel& panel,
+                                int first_pair, int pairs, float* c, ptrdiff_t c_stride,
+                                Prefetch* prefetch) {
+  const auto contract = [&](auto layout) {
+    ContractCodes<decltype(layout)>(a, rows, panel, first_pair, pairs, c, c_stride,
+                                    prefetch);
+    return true;
+  };
+  switch (panel.format) {
+    case Format::kInt8:
+      ContractInt8(a, rows, panel, first_pair, pairs, c, c_stride, prefetch);
+      return true;
+    case Format::kInt4:
+    case Format::kInt4KGroup:
+      return panel.zeros ? contract(Layout<Code::kInt4, ScaleType::kFloat32, true>{})
+                         : contract(Layout<Code::kInt4, ScaleType::kFloat32>{});
+    case Format::kRawInt4:
+      return contract(Layout<Code::kInt4, ScaleType::kBf16>{});
+    default:
+      return false;
+  }
+}
+
 }  // namespace
 }  // namespace ktjax
 
-#endif  // KTJAX_FFI_GEMM_DOT_AVX512_H_
+#endif  // KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_

@@ -134,6 +134,13 @@ def step_model(**changes):
     return plan.StepModel(**{**fields, **changes})
 
 
+def test_adapters_on_dense_layers_alone_are_not_planned():
+    model = geometry(dense_layers=(0,), intermediate_size=96)
+    options = config(targets="layers.0.mlp.gate_proj")
+    with pytest.raises(ValueError, match=r"'layers\.0\.mlp.* of dense layers alone"):
+        plan.fit_step(model, options)
+
+
 def test_the_largest_that_fits_fits_just():
     planned = plan.MemoryPlan(
         plan.Size(4, 2, 64), 5_000_000, 10**6, 1 << 20, 3e5, 6e5, step_model()

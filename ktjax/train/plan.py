@@ -169,6 +169,9 @@ def fit_step(
       model: the geometry.
       config: its batch, length and rank are where the formula is exact.
       compiled: bytes of a step of just this model.
+
+    Raises:
+      ValueError: no layer with experts has adapters.
     """
     planned = Size(config.lora_rank, config.batch_size, config.sequence_length)
     # With next to no gradients, what grows with the tokens shows.
@@ -176,7 +179,14 @@ def fit_step(
     long = here._replace(length=2 * here.length)
     ranked = here._replace(rank=max(planned.rank, 1 + _RANK_BLOCK))
     adapters = tree_bytes(abstract(model, config)[1].lora) / planned.rank
-    layer = tree_bytes(abstract(shallow(model, 1), config)[1].lora) / planned.rank
+    try:
+        one = abstract(shallow(model, 1), config)[1].lora
+    except ValueError:  # of a model that has no adapters
+        raise ValueError(
+            f"plan: targets = {config.targets!r} name modules of dense layers alone; a "
+            "plan is made from layers with experts, so name a module of theirs too"
+        ) from None
+    layer = tree_bytes(one) / planned.rank
     small = dataclasses.replace(model, vocab_size=SMALL_VOCABULARY)
     itemsize = np.dtype(np.float32).itemsize if config.dtype == "float32" else 2
     slots = model.num_experts_per_tok

@@ -301,7 +301,9 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
 
         Returns:
           `[..., hidden]` in the dtype of hidden_states. More than
-          `chunked_prefill_size` tokens are computed in pieces, with the same bits.
+          `chunked_prefill_size` tokens are computed in pieces, with the same result:
+          the same bits, or, with `compute="bf16"` on quantised weights, the same to
+          the rounding of sums in float32.
 
         Raises:
           RuntimeError: weights not loaded, the wrapper is closed, an argument is

@@ -63,3 +63,15 @@ def test_a_token_does_not_depend_on_its_batch(use_pool):
                 inputs.x[:size], inputs.ids[:size], inputs.w[:size], store, inputs.lora
             )
             np.testing.assert_array_equal(np.asarray(part), np.asarray(whole[:size]))
+
+
+def test_a_slice_of_tokens_without_rows_of_the_next_expert(use_pool):
+    """Tokens are cut into slices; the second has none of expert 1."""
+    use_pool()
+    inputs = make_inputs(Case(tokens=128, experts=2, k=1, hidden=64, intermediate=64))
+    ids = np.zeros_like(inputs.ids)
+    ids[0] = 1
+    with ktjax.ExpertStore.from_arrays(*inputs.base) as store:
+        whole = ktjax.moe(inputs.x, ids, inputs.w, store)
+        alone = ktjax.moe(inputs.x[64:], ids[64:], inputs.w[64:], store)
+    np.testing.assert_array_equal(whole[64:], alone)

@@ -124,8 +124,8 @@ def test_leading_dimensions_float32_and_no_tokens():
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
-@pytest.mark.parametrize("method", ["BF16", "AMXINT8", "RAWINT4"])
-def test_pieces_give_the_same_bits(method, dtype, monkeypatch):
+@pytest.mark.parametrize("method", ["BF16", "AMXINT8", "RAWINT4", "FP8", "MXFP4"])
+def test_pieces_give_the_same_result(method, dtype, monkeypatch):
     pieces, in_flight = [], []
     submit = backend.submit_forward_registered
 
@@ -147,7 +147,12 @@ def test_pieces_give_the_same_bits(method, dtype, monkeypatch):
     ):
         pieces.clear()
         wrapper = make(method, chunked_prefill_size=chunk)
-        np.testing.assert_array_equal(wrapper.forward(*args), want)
+        got = wrapper.forward(*args)
+        if method in ("FP8", "MXFP4"):
+            # Few rows are summed in another order, and h is rounded to bfloat16 then.
+            assert_close(got, want, 2**-8)
+        else:
+            np.testing.assert_array_equal(got, want)
         assert pieces == lengths
 
 

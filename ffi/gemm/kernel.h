@@ -48,7 +48,7 @@ struct Term {
 struct Prefetch {
   const char* base = nullptr;
   ptrdiff_t stride = 0;
-  int64_t chunk_bytes = 0;  // a multiple of 2048
+  int64_t chunk_bytes = 0;  // above 0 where total_bytes is
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
@@ -67,6 +67,7 @@ struct Prefetch {
   static constexpr int kMaxPerPair = 4;  // lines
 
   void Add(const void* data, ptrdiff_t chunk_stride, int64_t bytes, int chunks) {
+    if (bytes * chunks == 0) return;  // no rows, say
     more[more_count++] = {static_cast<const char*>(data), chunk_stride, bytes,
                           chunks * bytes};
   }
@@ -278,10 +279,10 @@ struct Kernels {
   void (*quantize_rows)(SplitRows src, int rows, int depth, const Int8Rows& dst);
   // Decodes a panel of quantised weights (format/format.h), depth pairs [first_pair,
   // first_pair + pairs), multiples of 16, into a panel of these depths: dst[pair -
-  // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements. Not for
-  // Format::kBf16. `prefetch` may be null. In a panel of four strips a pair has one
-  // cache line of codes of 4 bits, two of 8 bits: a prefetch of that many lines per
-  // pair fetches a panel like this one.
+  // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements, and `apart`
+  // times as many where strips are apart. Not for Format::kBf16. `prefetch` may be
+  // null. In a panel of four strips a pair has one cache line of codes of 4 bits, two
+  // of 8 bits: a prefetch of that many lines per pair fetches a panel like this one.
   void (*decode)(const QuantPanel& panel, int first_pair, int pairs, bf16* dst,
                  Prefetch* prefetch);
 

@@ -265,10 +265,15 @@ class FormatSuite {
         }
         return rows_of;
       };
-      if (!kernels_.contract_codes(operand(0), rows, panel, first * kDepth / 2, pairs,
-                                   got.data(), c_stride, nullptr)) {
-        return;
-      }
+      Prefetch prefetch = ShortChunks();
+      const bool taken =
+          kernels_.contract_codes(operand(0), rows, panel, first * kDepth / 2, pairs,
+                                  got.data(), c_stride, &prefetch);
+      const Code code = encoding.spec().code;
+      KTJAX_CHECK(taken == (code == Code::kInt8 || code == Code::kInt4),
+                  "%s: contract_codes: %s", encoding.spec().name,
+                  taken ? "taken" : "not taken");
+      if (!taken) return;
       int wrong = 0, other = 0;
       for (int r = 0; r < rows; ++r) {
         float* row = alone.data() + r * c_stride;
@@ -307,13 +312,13 @@ class FormatSuite {
     for (size_t i = 0; i < a.size(); ++i) a[i] = RoundToBf16(random.Value());
     std::vector<float> alone(kRows * kPanel), got(kRows * kPanel);
     for (int r = 0; r < kRows; ++r) {
-      if (!kernels_.dot_codes(a.data() + r * stride, stride, 1, panel, depth,
-                              &alone[r * kPanel], nullptr)) {
-        return;
-      }
+      KTJAX_CHECK(kernels_.dot_codes(a.data() + r * stride, stride, 1, panel, depth,
+                                     &alone[r * kPanel], nullptr),
+                  "%s: dot_codes: not taken", encoding.spec().name);
     }
     for (int rows = 1; rows <= kRows; rows += small_ ? 3 : 1) {
-      kernels_.dot_codes(a.data(), stride, rows, panel, depth, got.data(), nullptr);
+      Prefetch prefetch = ShortChunks();
+      kernels_.dot_codes(a.data(), stride, rows, panel, depth, got.data(), &prefetch);
       int wrong = 0, other = 0;
       for (int r = 0; r < rows; ++r) {
         for (int n = 0; n < width; ++n) {
@@ -406,6 +411,10 @@ class FormatSuite {
       }
     }
     TestApart(encoding, panel, depth);
+    if (kernels_.dot_codes) {
+      TestDot(encoding, panel, depth, expected);
+      TestDotApart(encoding, panel, depth);
+    }
   }
 
   // Strips that are decoded to every other strip, from a block in the middle on; what
@@ -425,6 +434,43 @@ class FormatSuite {
     }
     KTJAX_CHECK(wrong == 0, "%s: %s: %d wrong of strips apart", kernels_.name,
                 encoding.spec().name, wrong);
+  }
+
+  // Products with strips apart; what is between them in c stays.
+  void TestDotApart(const Encoding& encoding, QuantPanel panel, int depth) {
+    if (panel.strips > kPanelStrips / 2) {
+      const PanelLayout layout(encoding, kPanelStrips / 2, depth);
+      Guarded<uint8_t> memory(layout.bytes);
+      std::fill_n(memory.data(), layout.bytes, uint8_t{0x2b});
+      return TestDotApart(encoding, layout.At(memory.data()), depth);
+    }
+    Random random(3);
+    Guarded<bf16> a(depth);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = RoundToBf16(random.Value());
+    constexpr float kKept = 7;
+    std::vector<float> want(kPanel, kKept), got(kPanel, kKept);
+    kernels_.dot_codes(a.data(), depth, 1, panel, depth, want.data(), nullptr);
+    panel.apart = 2;
+    kernels_.dot_codes(a.data(), depth, 1, panel, depth, got.data(), nullptr);
+    int wrong = 0;
+    for (int n = 0; n < 2 * kStrip * panel.strips; ++n) {
+      const int strip = n / kStrip;
+      const float expected = strip % 2 ? kKept : want[strip / 2 * kStrip + n % kStrip];
+      wrong += std::memcmp(&got[n], &expected, sizeof expected) != 0;
+    }
+    KTJAX_CHECK(wrong == 0, "%s: %s: dot_codes: %d wrong of strips apart",
+                kernels_.name, encoding.spec().name, wrong);
+  }
+
+  // A schedule that ends many times within a product, at a rate that is no whole number
+  // of lines, and goes on in other regions; one of them has nothing in it.
+  static Prefetch ShortChunks() {
+    static const char memory[1 << 14] = {};
+    Prefetch prefetch{memory, 1000, 320, 4 * 320, 0, 25};
+    prefetch.Add(memory, 0, 0, 1);
+    prefetch.Add(memory, 512, 64, 5);
+    prefetch.Add(memory, 0, 100, 1);
+    return prefetch;
   }
 
   // Prefetching changes nothing and gets through its chunks.

@@ -201,14 +201,16 @@ def write_checkpoint(out: Path, sizes: Sizes, format: str, seed: int) -> None:
     """All files; those that are there stay.
 
     Raises:
-      SystemExit: the directory holds a checkpoint of other sizes.
+      SystemExit: the directory holds a checkpoint of other sizes, or of another seed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(sizes.config(format), indent=2) + "\n"
+    # The seed is no option of a model, but of what the shards hold.
+    config = json.dumps({**sizes.config(format), "seed": seed}, indent=2) + "\n"
     described = out / "config.json"
     if described.exists() and described.read_text() != config:
         raise SystemExit(
-            f"{described} is of other sizes; choose another --out, or remove {out}"
+            f"{described} is of other sizes or of another seed; choose another "
+            f"--out, or remove {out}"
         )
     with new_file(described) as file:
         file.write(config.encode())
@@ -234,7 +236,6 @@ def main() -> None:
         description="Random weights in a large model's true sizes."
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--family", choices=("qwen3_moe",), default="qwen3_moe")
     parser.add_argument("--format", choices=("int4", "bf16"), default="int4")
     parser.add_argument("--seed", type=int, default=0)
     for field in dataclasses.fields(Sizes):

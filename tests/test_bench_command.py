@@ -59,7 +59,7 @@ def test_a_layer_that_does_not_fit(capsys, monkeypatch):
     monkeypatch.setattr(bench, "available_memory", lambda: 10**8)
     code, _, err = run(capsys)
     assert code == cli.EXIT_ERROR
-    assert "128 experts takes 2.4 GB" in err
+    assert "128 experts takes 2.6 GB" in err
     assert "--num-experts, at most 4" in err
 
 

@@ -134,11 +134,13 @@ def step_model(**changes):
     return plan.StepModel(**{**fields, **changes})
 
 
-def test_adapters_on_dense_layers_alone_are_not_planned():
+@pytest.mark.parametrize(
+    "targets", ["layers.0.mlp.gate_proj", r"layers\.2\.mlp\.experts"]
+)
+def test_adapters_on_some_layers_alone_are_not_planned(targets):
     model = geometry(dense_layers=(0,), intermediate_size=96)
-    options = config(targets="layers.0.mlp.gate_proj")
-    with pytest.raises(ValueError, match=r"'layers\.0\.mlp.* of dense layers alone"):
-        plan.fit_step(model, options)
+    with pytest.raises(ValueError, match=r"'layers.* name nothing in layer 0"):
+        plan.fit_step(model, config(targets=targets))
 
 
 def test_the_largest_that_fits_fits_just():
@@ -212,6 +214,20 @@ def test_a_layer_that_is_too_large_is_measured_in_part():
     assert (half.num_experts, rows, share) == (model.num_experts // 2, 1, 0.5)
     with pytest.raises(ValueError, match=r"too much of the 0\.0 GiB"):
         plan_time.measurable(model, config(), 1000)
+    with pytest.raises(ValueError, match="a multiple of 4, not 2, or leave"):
+        plan_time.measurable(model, config(), int(need / 0.4 * 0.3))
+
+
+def test_what_cannot_be_measured_is_said_last(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("too busy")
+
+    monkeypatch.setattr(plan, "fit_step", lambda *_: step_model())
+    monkeypatch.setattr(plan, "measure_time", fail)
+    screen = io.StringIO()
+    with pytest.raises(RuntimeError, match="too busy"):
+        run_plan(PlanConfig(DEMO, memory=8.0), Console(file=screen, width=120))
+    assert "largest rank" in screen.getvalue()
 
 
 def test_command(capsys, monkeypatch):

@@ -150,9 +150,11 @@ def test_other_logits_end_the_demo(tmp_path, monkeypatch, model):
     ours = demo._logits(model, np.arange(24)[None])
     said = []
 
-    def finish(off, compare=True):
+    def finish(off, incomparable=""):
         monkeypatch.setattr(demo, "_logits_of_torch", lambda *args: ours * (1 + off))
-        demo.finish_demo(model, Path("base"), tmp_path, said.append, compare=compare)
+        demo.finish_demo(
+            model, Path("base"), tmp_path, said.append, incomparable=incomparable
+        )
 
     finish(1e-4)
     assert "PEFT with the adapter, 1e-04" in said[-1]
@@ -160,8 +162,15 @@ def test_other_logits_end_the_demo(tmp_path, monkeypatch, model):
     for off in (0.05, float("nan")):
         with pytest.raises(AdapterError, match=message):
             finish(off)
-    finish(0.05, compare=False)
-    assert "the base is quantised" in said[-1]
+    finish(0.05, "the base is quantised")
+    assert said[-1].endswith("transformers: the base is quantised")
+
+    def fail(*args):
+        raise ImportError("too old")
+
+    monkeypatch.setattr(demo, "_logits_of_torch", fail)
+    demo.finish_demo(model, Path("base"), tmp_path, said.append)
+    assert said[-1] == "not compared with PEFT with the adapter: ImportError: too old"
 
 
 def test_demo_trains_resumes_and_generates(tmp_path, capsys, model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -24,6 +25,7 @@ from ktjax.models import (
     extract_adapter,
     from_pretrained,
     generate_batch,
+    random_streams,
 )
 from ktjax.nn import RoutedExperts
 from ktjax.train import (
@@ -38,7 +40,6 @@ from ktjax.train import (
 )
 from ktjax.train.evaluate import Evaluator
 from ktjax.train.loop import fit
-from ktjax.train.run import random_streams
 
 RATE = 0.2
 
@@ -203,14 +204,15 @@ def test_an_export_has_none(make, tmp_path, layout):
     assert config["lora_dropout"] == 0
 
 
-def test_adapters_start_the_same_at_every_rate():
+@pytest.mark.parametrize("rngs", [None, random_streams(3)], ids=["default", "own"])
+def test_adapters_start_the_same_at_every_rate(rngs):
     """A comparison of rates is one of rates alone."""
     starts = [
         from_pretrained(
             assets.demo_model(),
             experts="reference",
             lora=LoRAConfig(4, dropout=rate),
-            rngs=random_streams(3),
+            rngs=copy.deepcopy(rngs),
         )
         for rate in (0.0, RATE)
     ]

@@ -63,11 +63,12 @@ def run_bench(config: BenchConfig, console: Console) -> None:
       ValueError: the layer does not fit in memory; names a number of experts that does.
     """
     layer = _layer_of(config)
-    _check_memory(layer)
+    _check_memory(layer, config.lora_rank)
+    lora = _adapters(layer, config.lora_rank)
     sizes = layer.experts, layer.hidden, layer.width
     with random_store(config.encoding, *sizes) as store:
         cases = [
-            (tokens, name, _prepare(store, layer, tokens, config.lora_rank, name))
+            (tokens, name, _prepare(store, layer, tokens, lora, name))
             for tokens in config.token_counts
             for name in ("forward", "LoRA", "train")
         ]
@@ -128,9 +129,10 @@ def _layer_of(config: BenchConfig) -> _Layer:
     return dataclasses.replace(layer, experts=experts)
 
 
-def _check_memory(layer: _Layer) -> None:
-    """Weights in bfloat16, and the store that is made of them, must fit."""
+def _check_memory(layer: _Layer, rank: int) -> None:
+    """Weights in bfloat16, the store made of them, adapters and gradients must fit."""
     expert = 2 * 2 * 3 * layer.hidden * layer.width
+    expert += 2 * 4 * 3 * rank * (layer.hidden + layer.width)
     fits = int(0.8 * available_memory()) // expert
     if fits < layer.experts:
         raise ValueError(
@@ -146,8 +148,15 @@ def _routes(layer: _Layer, tokens: int, call: int) -> np.ndarray[Any, Any]:
     return (slots % layer.experts).reshape(tokens, layer.per_token).astype(np.int32)
 
 
+def _adapters(layer: _Layer, rank: int) -> ktjax.LoRA:
+    random = np.random.default_rng(1)
+    shapes = ktjax.LoRA.shapes(layer.experts, layer.hidden, layer.width, rank)
+    arrays = (random.standard_normal(s, np.float32) / s[-1] for s in shapes.values())
+    return ktjax.LoRA(*map(jnp.asarray, arrays))
+
+
 def _prepare(
-    store: ExpertStore, layer: _Layer, tokens: int, rank: int, name: str
+    store: ExpertStore, layer: _Layer, tokens: int, adapters: ktjax.LoRA, name: str
 ) -> Iterator[Callable[[], Any]]:
     """Calls to time, for ever; those that warm up are done."""
     random = np.random.default_rng(0)
@@ -156,13 +165,7 @@ def _prepare(
         for _ in range(2)
     )
     w = jnp.full((tokens, layer.per_token), 1 / layer.per_token)
-    shapes = ktjax.LoRA.shapes(layer.experts, layer.hidden, layer.width, rank)
-    lora = None
-    if name != "forward":
-        arrays = (
-            random.standard_normal(s, np.float32) / s[-1] for s in shapes.values()
-        )
-        lora = ktjax.LoRA(*map(jnp.asarray, arrays))
+    lora = None if name == "forward" else adapters
 
     def forward(x: Any, w: Any, lora: Any, ids: Any, store: Any) -> Any:
         return ktjax.moe(x, ids, w, store, lora, scaling=_SCALING)

@@ -39,11 +39,14 @@ def run_plan(config: PlanConfig, console: Console) -> None:
     with console.status("compiling two and three layers"):
         planned = plan.plan_memory(model, training)
     memory = planned.memory()
-    timing = None
+    timing, failed = None, None
     if config.measure:
-        with console.status("measuring a layer of random weights"):
-            timing, workspace = plan.measure_time(model, training, available)
-        memory = dataclasses.replace(memory, step=memory.step + workspace)
+        try:
+            with console.status("measuring a layer of random weights"):
+                timing, workspace = plan.measure_time(model, training, available)
+            memory = dataclasses.replace(memory, step=memory.step + workspace)
+        except (ValueError, RuntimeError) as error:
+            failed = error  # after the rest has been shown
     console.print(
         f"model   {config.model}\n"
         f"        {model.num_hidden_layers} layers, {model.num_experts} experts, "
@@ -80,6 +83,8 @@ def run_plan(config: PlanConfig, console: Console) -> None:
             f"{timing.layer:.3f} s a layer, {timing.rest:.3f} s the rest{part}",
             highlight=False,
         )
+    if failed is not None:
+        raise failed
 
 
 def _memory_table(memory: plan.Memory, nodes: int) -> Table:

@@ -19,6 +19,7 @@ import numpy as np
 from ktjax.io.adapters.adapter import Adapter
 from ktjax.io.adapters.names import PARTS, Target, target_of
 from ktjax.io.atomic import new_directory
+from ktjax.io.gguf import is_gguf
 from ktjax.io.header import CheckpointError
 from ktjax.io.safetensors import Checkpoint, SafetensorsFile
 from ktjax.io.stream import Spec, copy_other_files, read_pieces, save_stream
@@ -55,6 +56,11 @@ def merge_checkpoint(
         fit it; names the tensor.
     """
     source = Path(model)
+    if is_gguf(source):
+        raise CheckpointError(
+            f"{source}: GGUF files are not merged into; merge into the Hugging Face "
+            "model that it was made from, or keep the adapter beside it"
+        )
     if not source.is_dir():
         raise FileNotFoundError(
             f"{source}: no such directory; expected a model's, with safetensors"

@@ -7,7 +7,7 @@ from ktjax.models.decoder import Decoder, DecoderOutput
 from ktjax.models.fields import ConfigError
 from ktjax.models.generate import end_ids, generate, generate_batch
 from ktjax.models.latent_attention import MLAConfig
-from ktjax.models.loading import from_pretrained
+from ktjax.models.loading import from_pretrained, random_streams
 from ktjax.models.rope import RopeConfig, YarnRamp
 from ktjax.models.tokenizer import Tokenizer, TokenizerError
 
@@ -29,4 +29,5 @@ __all__ = [
     "from_pretrained",
     "generate",
     "generate_batch",
+    "random_streams",
 ]

@@ -42,6 +42,15 @@ class _Unloaded(nnx.Module):
         raise RuntimeError("the experts of this layer are not loaded")
 
 
+def random_streams(seed: int) -> nnx.Rngs:
+    """What a model draws from: its adapters' start, and dropout from another stream.
+
+    So adapters start the same whatever is dropped.
+    """
+    key = jax.random.key(seed)
+    return nnx.Rngs(key, dropout=jax.random.fold_in(key, 2**32 - 1))
+
+
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
@@ -88,7 +97,7 @@ def from_pretrained(
       activation_policy: "save" or "recompute", as in `ktjax.moe`.
       remat: whether the backward pass computes each layer again, as in `Decoder`.
       rngs: source of the adapters' initial values and, as its stream `dropout`, of
-        what is dropped; `nnx.Rngs(0)` by default.
+        what is dropped; `random_streams(0)` by default.
 
     Returns:
       The model: `model(input_ids) -> logits [batch, sequence, vocab]`. The model
@@ -134,7 +143,7 @@ def from_pretrained(
             f"from_pretrained: dtype must be bfloat16 or float32, got {dtype}"
         )
     config = ModelConfig.from_pretrained(path)
-    rngs = nnx.Rngs(0) if rngs is None else rngs
+    rngs = random_streams(0) if rngs is None else rngs
     model = shapes_of(config, dtype=dtype, remat=remat)
     dense_names = [name for name, _, _ in _dense_tensors(model)]
     weights = open_weights(path, config, dense_names)

@@ -93,9 +93,10 @@ class _HuggingFaceWeights:
     def read(self, name: str) -> Array:
         name = self.name_of(name)
         at = name.removesuffix(".weight")
-        if at == name:
-            return self._checkpoint[name]
-        return read_dense(self._checkpoint, at)
+        stored = self._checkpoint
+        tensor = stored[name] if at == name else read_dense(stored, at)
+        # Exact, and a dtype that models compute in.
+        return tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor
 
     def experts(self, layer_idx: int, num_experts: int) -> ExpertWeights:
         return read_experts(self._checkpoint, layer_idx, num_experts)

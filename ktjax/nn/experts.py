@@ -66,7 +66,7 @@ class _Adapted(nnx.Module):
                 raise ValueError("routed experts: lora_rank needs rngs to draw A from")
             _init_lora(self, geometry, lora_rank, param_dtype, rngs)
             self.scaling = (lora_rank if lora_alpha is None else lora_alpha) / lora_rank
-        # Last, so that adapters start the same whatever is dropped.
+        # Last: where the two share a stream, this module's adapters draw first.
         self.dropout = AdapterDropout(dropout, rngs=rngs, where="routed experts")
 
     @property

@@ -183,8 +183,9 @@ def fit_step(
         one = abstract(shallow(model, 1), config)[1].lora
     except ValueError:  # of a model that has no adapters
         raise ValueError(
-            f"plan: targets = {config.targets!r} name modules of dense layers alone; a "
-            "plan is made from layers with experts, so name a module of theirs too"
+            f"plan: targets = {config.targets!r} name nothing in layer 0 as one "
+            "with experts, which stands for all layers in a plan; name modules of "
+            "every layer with experts"
         ) from None
     layer = tree_bytes(one) / planned.rank
     small = dataclasses.replace(model, vocab_size=SMALL_VOCABULARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -74,7 +75,10 @@ def measure_time(
       RuntimeError: others keep the machine so busy that nothing can be told.
     """
     measured, rows, share = measurable(model, config, available)
-    config = dataclasses.replace(config, batch_size=rows, accumulation=1)
+    # Dropout costs next to nothing, and its state is no array of random numbers.
+    config = dataclasses.replace(
+        config, batch_size=rows, accumulation=1, lora_dropout=0.0
+    )
     # Without logits, whose time would hide that of a layer.
     small = dataclasses.replace(measured, vocab_size=SMALL_VOCABULARY)
     linears: dict[LinearGeometry, LinearStore] = {}
@@ -124,15 +128,24 @@ def measurable(
     experts, rows = model.num_experts, config.batch_size
     per_expert = 3 * model.hidden_size * model.moe_intermediate_size
     # The weights in bfloat16, and the store made of them.
-    while 4 * per_expert * experts > _MEASURED_SHARE * available:
-        if experts % 2 or rows % 2 or experts // 2 < model.num_experts_per_tok:
-            raise ValueError(
-                f"a layer of {experts} experts takes "
-                f"{4 * per_expert * experts / (1 << 30):.1f} GiB to measure, too much "
-                f"of the {available / (1 << 30):.1f} GiB that are there; leave the "
-                "measurement out, or give a batch_size that is a power of two"
-            )
-        experts, rows = experts // 2, rows // 2
+    fits = max(1, int(_MEASURED_SHARE * available) // (4 * per_expert))
+    halvings = max(0, math.ceil(math.log2(experts / fits)))
+    parts = 2**halvings
+    if experts % parts or experts // parts < model.num_experts_per_tok:
+        raise ValueError(
+            f"a layer of {experts} experts takes "
+            f"{4 * per_expert * experts / (1 << 30):.1f} GiB to measure, too much of "
+            f"the {available / (1 << 30):.1f} GiB that are there; leave the "
+            "measurement out with --no-measure"
+        )
+    if rows % parts:
+        raise ValueError(
+            f"a layer of {experts} experts takes too much memory to measure, so one "
+            f"of {parts} parts of it is, with as many rows fewer; give a batch_size "
+            f"that is a multiple of {parts}, not {rows}, or leave the measurement out "
+            "with --no-measure"
+        )
+    experts, rows = experts // parts, rows // parts
     if experts == model.num_experts:
         return model, rows, 1.0
     share = experts / model.num_experts

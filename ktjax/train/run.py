@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from flax import nnx
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from ktjax.models import (
     end_ids,
     from_pretrained,
     generate_batch,
+    random_streams,
 )
 from ktjax.models.adapters import strength_of
 from ktjax.models.targets import adapted
@@ -119,9 +119,7 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
                 config.model_path,
                 output_dir,
                 functools.partial(_say, console),
-                compare=config.experts in _EXACT_EXPERTS
-                and config.dense in _EXACT_DENSE
-                and config.dtype == "float32",
+                incomparable=_incomparable(config),
             )
     finally:
         model.close()
@@ -129,13 +127,13 @@ def run_training(config: TrainConfig, console: Console) -> TrainResult:
     return TrainResult(output_dir, result, before, after)
 
 
-def random_streams(seed: int) -> nnx.Rngs:
-    """What a model draws from: its adapters' start, and dropout from another stream.
-
-    So adapters start the same whatever is dropped.
-    """
-    key = jax.random.key(seed)
-    return nnx.Rngs(key, dropout=jax.random.fold_in(key, 2**32 - 1))
+def _incomparable(config: TrainConfig) -> str:
+    """Why the model has other values than its checkpoint in float32, or nothing."""
+    if config.dtype != "float32":
+        return f"the model computes in {config.dtype}"
+    if config.experts not in _EXACT_EXPERTS or config.dense not in _EXACT_DENSE:
+        return "the base is quantised"
+    return ""
 
 
 def _load(config: TrainConfig, rngs: nnx.Rngs) -> Decoder:

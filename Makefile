@@ -11,6 +11,8 @@ VENV ?= .venv
 BUILD := build/editable
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# A test file is one process's; two of them take up to 5 GB each.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 NATIVE := $(wildcard ffi/*.cc ffi/*/*.cc ffi/*/*.h tests/cpp/*)
 CPP := $(wildcard ffi/*.cc ffi/*/*.cc ffi/*/*.h tests/cpp/*.cc)
 PYTHON_SOURCES := ktjax tests benchmarks scripts

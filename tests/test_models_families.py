@@ -106,6 +106,17 @@ def test_float32_logits_equal_transformers(name, ids, tmp_path):
     np.testing.assert_array_equal(run(fused, ids), got)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_float16_checkpoints(family, fused, ids, tmp_path):
+    theirs = make_model(seed=5, family=family).half()
+    path = save(theirs, tmp_path, save_original_format=not fused)
+    want = torch_logits(theirs.float(), ids)
+    assert relative(run(load(path, experts="reference"), ids), want) <= 1e-4
+    # Weights below 2^-14 may have more bits in float16 than in bfloat16.
+    assert relative(run(load(path), ids), want) <= 2**-8
+
+
 def test_greedy_generation_token_for_token(pair):
     theirs, ours, _ = pair
     rng = np.random.default_rng(3)

@@ -114,8 +114,8 @@ def read_experts(
     `mlp.experts.E.{gate,up,down}_proj` (Qwen, OLMoE, DeepSeek, GLM, Kimi-K2) and
     `block_sparse_moe.experts.E.{w1,w3,w2}` (Mixtral), whose tensors may be quantised as
     `ktjax.io.stored` lists; the fused `mlp.experts.gate_up_proj [E, 2I, H]` and
-    `mlp.experts.down_proj [E, H, I]` in float32 or bfloat16; or converted experts
-    (`ktjax.io.converted`).
+    `mlp.experts.down_proj [E, H, I]` in float32, bfloat16 or float16; or converted
+    experts (`ktjax.io.converted`). float16 becomes float32.
 
     Args:
       checkpoint: where to read.
@@ -191,8 +191,8 @@ def load_experts(
 ) -> tuple[Array, Array, Array]:
     """`read_experts` as arrays: gate, up and down.
 
-    In the checkpoint's dtype; where it is quantised, the values in bfloat16, which
-    holds them exactly.
+    In the checkpoint's dtype, float32 for float16; where it is quantised, the values
+    in bfloat16, which holds them exactly.
     """
     return read_experts(
         checkpoint,
@@ -234,7 +234,12 @@ def _stack(
 ) -> Array | Quantized:
     """Copy expert by expert, so that no more than one stacked copy is ever alive."""
     first = list(read_matrix(checkpoint, f"{at}.{order[0]}.{name}", encoding).values())
-    stacked = [np.empty((len(order), *part.shape), part.dtype) for part in first]
+    plain = encoding.format == "bf16"
+    dtypes = [_computed(part.dtype) if plain else part.dtype for part in first]
+    stacked = [
+        np.empty((len(order), *part.shape), dtype)
+        for part, dtype in zip(first, dtypes, strict=True)
+    ]
     for slot, expert in enumerate(order):
         parts = read_matrix(checkpoint, f"{at}.{expert}.{name}", encoding)
         for (key, part), like, array in zip(parts.items(), first, stacked, strict=True):
@@ -245,13 +250,21 @@ def _stack(
                 )
             array[slot] = part
     checkpoint.release_pages()
-    return stacked[0] if encoding.format == "bf16" else Quantized(*stacked)
+    return stacked[0] if plain else Quantized(*stacked)
+
+
+def _computed(dtype: Any) -> Any:
+    """The dtype that holds values of `dtype` exactly and is computed in."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
 def _fused(
     checkpoint: Checkpoint, at: str, num_experts: int
 ) -> tuple[Array, Array, Array]:
-    gate_up, down = checkpoint[f"{at}.gate_up_proj"], checkpoint[f"{at}.down_proj"]
+    gate_up, down = (
+        array.astype(_computed(array.dtype), copy=False)
+        for array in (checkpoint[f"{at}.gate_up_proj"], checkpoint[f"{at}.down_proj"])
+    )
     if gate_up.ndim != 3 or gate_up.shape[0] != num_experts or gate_up.shape[1] % 2:
         raise ValueError(
             f"{checkpoint.path}: {at}.gate_up_proj must be "

@@ -1,6 +1,6 @@
 """One weight matrix of a checkpoint, in whichever storage format it has there.
 
-Beside `.weight` in float32 or bfloat16 these layouts are read as they are:
+Beside `.weight` in float32, bfloat16 or float16 these layouts are read as they are:
 
 | format | tensors |
 |---|---|

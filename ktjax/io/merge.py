@@ -58,7 +58,7 @@ def merge_checkpoint(
     source = Path(model)
     if is_gguf(source):
         raise CheckpointError(
-            f"{source}: GGUF files are not merged into; merge into the Hugging Face "
+            f"{source}: GGUF files are not merged into, safetensors are; merge into the "
             "model that it was made from, or keep the adapter beside it"
         )
     if not source.is_dir():

@@ -60,7 +60,7 @@ struct Prefetch {
     int64_t total_bytes;
   };
   static constexpr int kMaxMore = 3;
-  Region more[kMaxMore];
+  Region more[kMaxMore] = {};
   int more_count = 0;
 
   static constexpr int kPerPair = 16;    // a line per pair

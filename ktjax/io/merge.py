@@ -58,8 +58,8 @@ def merge_checkpoint(
     source = Path(model)
     if is_gguf(source):
         raise CheckpointError(
-            f"{source}: GGUF files are not merged into, safetensors are; merge into the "
-            "model that it was made from, or keep the adapter beside it"
+            f"{source}: GGUF files are not merged into, safetensors are; merge into "
+            "the model that it was made from, or keep the adapter beside it"
         )
     if not source.is_dir():
         raise FileNotFoundError(

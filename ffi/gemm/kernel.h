@@ -52,29 +52,15 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
-  // More such runs to fetch after all that, the last ones first.
-  struct Region {
-    const char* base;
-    ptrdiff_t stride;
-    int64_t chunk_bytes;
-    int64_t total_bytes;
-  };
-  static constexpr int kMaxMore = 3;
-  Region more[kMaxMore] = {};
-  int more_count = 0;
+  // Contiguous bytes to fetch after all that.
+  const char* more = nullptr;
+  int64_t more_bytes = 0;
 
   static constexpr int kPerPair = 16;    // a line per pair
   static constexpr int kMaxPerPair = 4;  // lines
 
-  void Add(const void* data, ptrdiff_t chunk_stride, int64_t bytes, int chunks) {
-    if (bytes * chunks == 0) return;  // no rows, say
-    more[more_count++] = {static_cast<const char*>(data), chunk_stride, bytes,
-                          chunks * bytes};
-  }
   [[gnu::always_inline]] int64_t Lines() const {
-    int64_t bytes = total_bytes;
-    for (int i = 0; i < more_count; ++i) bytes += more[i].total_bytes;
-    return CeilDiv(bytes, 64);
+    return CeilDiv(total_bytes + more_bytes, 64);
   }
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are
   // to hide behind, the more lines per pair. Codes of one line a pair have scales

@@ -25,13 +25,11 @@ struct PrefetchRun {
 inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1) {
   if (!prefetch) return {.steps = steps};
   if (prefetch->position >= prefetch->total_bytes) {
-    if (prefetch->more_count == 0) return {.steps = steps};
-    const Prefetch::Region& region = prefetch->more[--prefetch->more_count];
-    prefetch->base = region.base;
-    prefetch->stride = region.stride;
-    prefetch->chunk_bytes = region.chunk_bytes;
-    prefetch->total_bytes = region.total_bytes;
-    prefetch->position = 0;
+    if (prefetch->more_bytes == 0) return {.steps = steps};
+    prefetch->base = prefetch->more;
+    prefetch->stride = 0;
+    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more_bytes;
+    prefetch->position = prefetch->more_bytes = 0;
   }
   const int lines = static_cast<int>(
       shares * CeilDiv(pairs * prefetch->rate, Prefetch::kPerPair * shares));

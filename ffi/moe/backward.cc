@@ -121,13 +121,10 @@ class BackwardPass : LoRAGradPass {
     }
 
     const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
-    counters().ForEachAhead(
-        CounterOf(counter + kHiddenGrad, s), tasks.size(), [&](int64_t i, auto next) {
-          HiddenGrad(s, group, tasks[i], values, scratch, [&]() -> const BlockTask* {
-            const int64_t ahead = next();
-            return ahead < 0 ? nullptr : &tasks[ahead];
-          });
-        });
+    counters().ForEachAhead(CounterOf(counter + kHiddenGrad, s), tasks,
+                            [&](const BlockTask& task, auto next) {
+                              HiddenGrad(s, group, task, values, scratch, next);
+                            });
     if (!Wait(worker, scratch)) return false;
     watch.Lap("grad h, SwiGLU");
 
@@ -306,13 +303,8 @@ class BackwardPass : LoRAGradPass {
       const int columns = std::min(task->last_panel * kPanel, shard(s).width) -
                           task->first_panel * kPanel;
       const int expert = task->rows.expert, first = task->first_panel * kPanel;
-      Prefetch prefetch = FetchPairs(store_.Down(s, expert, 0), store_.DownStrips(0),
-                                     first / 2, columns / 2, 1, 0);
-      if (rank()) {
-        FetchAdapter(kDownA, expert, 0, rank(), shard(s).begin + first,
-                     std::min(columns, Slice(s) - first), prefetch);
-      }
-      return prefetch;
+      return FetchPairs(store_.Down(s, expert, 0), store_.DownStrips(0), first / 2,
+                        columns / 2, 1, 0);
     };
     Contract(DownPanels(), block.count, begin / 2, (end - begin) / 2, panel, operand,
              next, scratch);
@@ -334,15 +326,8 @@ class BackwardPass : LoRAGradPass {
     };
     const auto next = [&]() -> Prefetch {
       if (next_expert < 0) return {};
-      Prefetch prefetch = FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips,
-                                     begin / 2, (end - begin) / 2, 1, 0);
-      if (rank() && s == 0) {
-        for (const LoRAArray a : {kGateA, kUpA}) {
-          FetchAdapter(a, next_expert, 0, rank(), begin,
-                       std::min(end, geometry_.hidden) - begin, prefetch);
-        }
-      }
-      return prefetch;
+      return FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips, begin / 2,
+                        (end - begin) / 2, 1, 0);
     };
     Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
              operand, next, scratch);

@@ -124,10 +124,6 @@ class ForwardPass : Pass {
                                                     task.first_token, task.last_token);
             FetchHidden(s, group, next_rows, prefetch);
           }
-          if (!next_panel && lora) {
-            FetchAdapter(kDownB, group.active[e + 1], int64_t{next} * kPanel, kPanel, 0,
-                         rank(), prefetch);
-          }
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);

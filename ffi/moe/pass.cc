@@ -249,17 +249,14 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     watch.Lap("x A");
   }
   counters().ForEachAhead(
-      CounterOf(counter + kGateUp, s), tasks.size(), [&](int64_t i, auto next) {
-        GatherRows(inputs_.x, tasks[i].rows, scratch);
+      CounterOf(counter + kGateUp, s), tasks, [&](const BlockTask& task, auto next) {
+        GatherRows(inputs_.x, task.rows, scratch);
         if (int8()) {
-          kernels_.quantize_rows(scratch.rows, tasks[i].rows.count,
+          kernels_.quantize_rows(scratch.rows, task.rows.count,
                                  geometry_.hidden_padded(), scratch.codes);
         }
-        if (rank() && in_tasks) LowRankOfInput(group, tasks[i].rows, out, scratch);
-        GateUp(s, group, tasks[i], out, scratch, [&]() -> const BlockTask* {
-          const int64_t ahead = next();
-          return ahead < 0 ? nullptr : &tasks[ahead];
-        });
+        if (rank() && in_tasks) LowRankOfInput(group, task.rows, out, scratch);
+        GateUp(s, group, task, out, scratch, next);
       });
   if (!Wait(worker, scratch)) return false;
   watch.Lap("gate, up, SwiGLU");
@@ -306,7 +303,6 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                   NextTask next_task) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
-  const BlockTask* next = nullptr;
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
     const int column = panel * kDepth;
     BaseProduct product{scratch.rows,
@@ -328,20 +324,17 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                          lora_panel, LowRankDepth(), which, 2);
       }
     }
-    // The next task begins with x Aᵀ, so its adapters come first.
-    if (panel == std::max(task.last_panel - 2, task.first_panel)) next = next_task();
-    const bool last = panel + 1 == task.last_panel;
-    Prefetch prefetch;
-    if (!last || next) {
-      prefetch =
-          FetchPanel(last ? store_.GateUp(s, next->rows.expert, next->first_panel)
-                          : store_.GateUp(s, expert, panel + 1),
-                     kPanelStrips, geometry_.hidden_padded());
+    BasePanel following;
+    bool follows = panel + 1 < task.last_panel;
+    if (follows) {
+      following = store_.GateUp(s, expert, panel + 1);
+    } else if (const BlockTask* next = next_task()) {
+      following = store_.GateUp(s, next->rows.expert, next->first_panel);
+      follows = true;
     }
-    if (rank() && !last && next && next->rows.expert != expert) {
-      for (const LoRAArray a : {kGateA, kUpA}) {
-        FetchAdapter(a, next->rows.expert, 0, rank(), 0, geometry_.hidden, prefetch);
-      }
+    Prefetch prefetch;
+    if (follows) {
+      prefetch = FetchPanel(following, kPanelStrips, geometry_.hidden_padded());
     }
     const auto touch = [&](int row) {
       FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);

@@ -103,22 +103,9 @@ class Pass : protected Products {
   void FetchHidden(int s, const Group& group, const RowBlock& rows,
                    Prefetch& prefetch) const {
     const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
-    prefetch.Add(hidden.high, 0,
-                 static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16), 1);
-  }
-  // Fetches rows [row, row + rows) x columns [column, column + columns) of an expert's
-  // adapter as well: they are float32, and what is read of them at a time is short.
-  void FetchAdapter(LoRAArray which, int expert, int64_t row, int rows, int64_t column,
-                    int64_t columns, Prefetch& prefetch) const {
-    const LoRAMatrix matrix = Matrix(which);
-    const int64_t size = matrix.array.is_float32 ? sizeof(float) : sizeof(bf16);
-    const char* base = static_cast<const char*>(matrix.array.data) +
-                       size * ((expert * matrix.rows + row) * matrix.columns + column);
-    if (columns == matrix.columns) {
-      prefetch.Add(base, 0, size * columns * rows, 1);
-    } else {
-      prefetch.Add(base, size * matrix.columns, size * columns, rows);
-    }
+    prefetch.more = reinterpret_cast<const char*>(hidden.high);
+    prefetch.more_bytes =
+        static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
   }
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.

@@ -92,19 +92,19 @@ class Counters {
   void ForEach(int counter, int64_t tasks, F f) {
     for (int64_t i; (i = counters_[counter].Claim()) < tasks;) f(i);
   }
-  // Calls f(i, next) for them. Near the end of a task, next() takes this worker's next
-  // one, for its first operands to be fetched meanwhile; -1 where there is none. Too
-  // early a call takes work from those who have none.
-  template <typename F>
-  void ForEachAhead(int counter, int64_t tasks, F f) {
-    const auto claim = [&] {
-      const int64_t i = counters_[counter].Claim();
-      return i < tasks ? i : -1;
+  // Calls f(task, next) for them. Near the end of a task, next() takes this worker's
+  // next one, for its first operands to be fetched meanwhile; null where there is none.
+  // Too early a call takes work from those who have none.
+  template <typename Task, typename F>
+  void ForEachAhead(int counter, const std::vector<Task>& tasks, F f) {
+    const auto claim = [&]() -> const Task* {
+      const size_t i = counters_[counter].Claim();
+      return i < tasks.size() ? &tasks[i] : nullptr;
     };
-    for (int64_t i = claim(); i >= 0;) {
-      std::optional<int64_t> ahead;
-      f(i, [&] { return *(ahead = claim()); });
-      i = ahead ? *ahead : claim();
+    for (const Task* task = claim(); task;) {
+      std::optional<const Task*> ahead;
+      f(*task, [&] { return *(ahead = claim()); });
+      task = ahead ? *ahead : claim();
     }
   }
 

@@ -463,13 +463,12 @@ class FormatSuite {
   }
 
   // A schedule that ends many times within a product, at a rate that is no whole number
-  // of lines, and goes on in other regions; one of them has nothing in it.
+  // of lines, and goes on elsewhere.
   static Prefetch ShortChunks() {
     static const char memory[1 << 14] = {};
     Prefetch prefetch{memory, 1000, 320, 4 * 320, 0, 25};
-    prefetch.Add(memory, 0, 0, 1);
-    prefetch.Add(memory, 512, 64, 5);
-    prefetch.Add(memory, 0, 100, 1);
+    prefetch.more = memory;
+    prefetch.more_bytes = 420;
     return prefetch;
   }
 

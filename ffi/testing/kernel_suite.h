@@ -117,9 +117,8 @@ class KernelSuite {
           Prefetch prefetch{memory,      kStride,
                             kChunkBytes, kChunks * kChunkBytes,
                             0,           lines * Prefetch::kPerPair};
-          prefetch.Add(memory, 0, 0, 3);  // nothing, and two regions
-          prefetch.Add(memory, 1000, 192, 2);
-          prefetch.Add(memory, 0, 64, 1);
+          prefetch.more = memory;
+          prefetch.more_bytes = 192;
           // The 160 pairs of a call are worth at least one line each.
           for (int call = 0; call < 2; ++call) {
             const std::vector<float> c =

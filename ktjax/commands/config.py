@@ -11,6 +11,15 @@ from ktjax.quant.formats import ENCODED_FORMATS, Encoding
 from ktjax.train.config import DType, TrainConfig
 from ktjax.train.options import Option, check_fields
 
+# Fields of several commands.
+_Experts = Annotated[
+    str, Option(f"storage format of the experts: {', '.join(ENCODED_FORMATS)}")
+]
+_GroupSize = Annotated[
+    int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
+]
+_ZeroPoint = Annotated[bool, Option("int4_kgroup: quantise with zero points")]
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
@@ -117,12 +126,8 @@ class AnswerConfig:
             "(default: the run's, or else bf16, and of GGUF its own blocks)"
         ),
     ] = None
-    group_size: Annotated[
-        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
-    ] = None
-    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
-        False
-    )
+    group_size: _GroupSize = None
+    zero_point: _ZeroPoint = False
     compute: Annotated[
         Literal["bf16", "int8"],
         Option("int8: quantise activations too, for integer codes"),
@@ -188,15 +193,9 @@ class PlanConfig:
     """The training to plan; options as in `TrainConfig`."""
 
     model: Annotated[Path, Option("directory of a model; only config.json is read")]
-    experts: Annotated[
-        str, Option(f"storage format of the experts: {', '.join(ENCODED_FORMATS)}")
-    ] = "bf16"
-    group_size: Annotated[
-        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
-    ] = None
-    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
-        False
-    )
+    experts: _Experts = "bf16"
+    group_size: _GroupSize = None
+    zero_point: _ZeroPoint = False
     dense: Annotated[
         str | None,
         Option(
@@ -255,15 +254,9 @@ class BenchConfig:
             "(default: a layer of Qwen3-30B-A3B)"
         ),
     ] = None
-    experts: Annotated[
-        str, Option(f"storage format of the experts: {', '.join(ENCODED_FORMATS)}")
-    ] = "bf16"
-    group_size: Annotated[
-        int | None, Option("int4_kgroup: depths that share a scale, 32, 64 or 128")
-    ] = None
-    zero_point: Annotated[bool, Option("int4_kgroup: quantise with zero points")] = (
-        False
-    )
+    experts: _Experts = "bf16"
+    group_size: _GroupSize = None
+    zero_point: _ZeroPoint = False
     lora_rank: Annotated[int, Option("rank of the adapters", least=1, most=256)] = 16
     tokens: Annotated[
         str, Option("numbers of tokens, comma-separated; 1 is decoding")

@@ -83,11 +83,13 @@ class WorkerPool {
   int thread_count() const;
   int NumaNodeOf(int subpool) const;
 
-  // Runs `job` once on every worker and returns when all have returned. Jobs of several
-  // callers run one after another. An exception that leaves `job` on any worker is
-  // rethrown here (the first one, by worker index); none ever leaves a worker thread.
-  // Throws std::logic_error when called by a worker and std::runtime_error in a child
-  // process, which has no threads: fork copies only the one that calls it.
+  // Runs `job` once on every worker and returns when all have returned. The calling
+  // thread is worker 0 meanwhile: on that worker's CPU, with denormals as zeros; after
+  // that it is as before. Jobs of several callers run one after another. An exception
+  // that leaves `job` on any worker is rethrown here (the first one, by worker index);
+  // none ever leaves a thread of the pool. Throws std::logic_error when called by a
+  // worker and std::runtime_error in a child process, which has no threads: fork copies
+  // only the one that calls it.
   void Run(const std::function<void(Worker&)>& job);
 
  private:

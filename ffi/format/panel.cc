@@ -163,20 +163,6 @@ PanelLayout::PanelLayout(const Encoding& encoding, int strips, int depth)
   bytes = end;
 }
 
-QuantPanel PanelLayout::At(const void* memory) const {
-  const uint8_t* base = static_cast<const uint8_t*>(memory);
-  return {.codes = base,
-          .scales = base + scales,
-          .zeros = encoding.zero_points ? base + zeros : nullptr,
-          .strips = strips,
-          .group = group,
-          .format = encoding.format,
-          .bytes = bytes,
-          .mins = reinterpret_cast<const uint16_t*>(base + mins),
-          .sub_scales = base + sub_scales,
-          .sub_mins = base + sub_mins};
-}
-
 void PackStrip(const PanelLayout& layout, const PlainMatrix& plain, int first_output,
                int outputs, int first_depth, int depth, int strip, void* memory) {
   const Encoding& encoding = layout.encoding;

@@ -45,7 +45,19 @@ struct PanelLayout {
   PanelLayout(const Encoding& encoding, int strips, int depth);
 
   // The panel in `memory`, which is aligned to 64 bytes.
-  QuantPanel At(const void* memory) const;
+  QuantPanel At(const void* memory) const {
+    const uint8_t* base = static_cast<const uint8_t*>(memory);
+    return {.codes = base,
+            .scales = base + scales,
+            .zeros = encoding.zero_points ? base + zeros : nullptr,
+            .strips = strips,
+            .group = group,
+            .format = encoding.format,
+            .bytes = bytes,
+            .mins = reinterpret_cast<const uint16_t*>(base + mins),
+            .sub_scales = base + sub_scales,
+            .sub_mins = base + sub_mins};
+  }
 
   Encoding encoding;
   int strips;

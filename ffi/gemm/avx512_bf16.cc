@@ -24,24 +24,23 @@ namespace {
 constexpr int kMaxRows = 24;
 constexpr int kTileRegisters = 24;
 
-template <int kRows, int kStrips, int kFirst, int kStep>
+// Depth pairs [begin, + run.steps) of a term.
+template <int kRows, int kStrips, int kFirst, int kStep, bool kNear = false>
 [[gnu::always_inline]] inline void AddPairs(const Term& term, int row, int begin,
-                                            int end, __m512 (&sum)[kRows][kStrips],
-                                            const char* prefetch, int lines) {
+                                            __m512 (&sum)[kRows][kStrips],
+                                            PrefetchRun run) {
   constexpr int kWidth = (kStrips - kFirst + kStep - 1) / kStep;
   const bf16* a = term.a + row * term.a_stride;
   const bf16* b = term.b + static_cast<ptrdiff_t>(begin) * 2 * kStrip * kWidth;
   const ptrdiff_t stride = term.a_stride;
-  for (int pair = begin; pair < end; ++pair) {
+  for (int pair = begin; pair < begin + run.steps; ++pair) {
     __m512bh panel[kWidth];
 #pragma GCC unroll 4
     for (int s = 0; s < kWidth; ++s) {
       panel[s] = (__m512bh)_mm512_loadu_si512(b + 2 * kStrip * s);
     }
     b += 2 * kStrip * kWidth;
-    for (int i = 0; i < lines; ++i, prefetch += kCacheLine) {
-      _mm_prefetch(prefetch, _MM_HINT_T1);
-    }
+    run.FetchStep<kNear>();
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       int bits;
@@ -73,17 +72,20 @@ void Tile(const Term* terms, int n_terms, int row, float* c, bool accumulate,
     const int pairs = term->depth / 2;
     if (kStrips > 1 && term->strip_step == 2) {
       if (term->first_strip == 0) {
-        AddPairs<kRows, kStrips, 0, 2>(*term, row, 0, pairs, sum, nullptr, 0);
+        AddPairs<kRows, kStrips, 0, 2>(*term, row, 0, sum, {.steps = pairs});
       } else {
-        AddPairs<kRows, kStrips, kStrips == 1 ? 0 : 1, 2>(*term, row, 0, pairs, sum,
-                                                          nullptr, 0);
+        AddPairs<kRows, kStrips, kStrips == 1 ? 0 : 1, 2>(*term, row, 0, sum,
+                                                          {.steps = pairs});
       }
       continue;
     }
     for (int pair = 0; pair < pairs;) {
       const PrefetchRun run = NextRun(prefetch, pairs - pair, 1);
-      AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, pair + run.steps, sum, run.line,
-                                     run.lines_per_step);
+      if (run.near) {
+        AddPairs<kRows, kStrips, 0, 1, true>(*term, row, pair, sum, run);
+      } else {
+        AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, sum, run);
+      }
       pair += run.steps;
     }
   }

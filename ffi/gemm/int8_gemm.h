@@ -62,27 +62,35 @@ template <int kBits, int kPart, int kRows, int kStrips>
   }
 }
 
-// sum += a . codes over `steps` rows of 32-bit lanes.
+// sum += a . codes over the `steps` rows of 32-bit lanes of a run.
+template <bool kNear, int kBits, int kRows, int kStrips>
+[[gnu::always_inline]] inline void AddRun(RowOperands& a, const uint8_t*& codes,
+                                          ptrdiff_t codes_stride, PrefetchRun run,
+                                          Int8Sums<kRows, kStrips>& sum) {
+  constexpr int kParts = Int8Dot::kParts<kBits>;
+  for (int step = 0; step < run.steps; ++step) {
+    run.FetchStep<kNear>();
+    AddPart<kBits, 0, kRows, kStrips>(a, codes, sum);
+    if constexpr (kParts > 1) AddPart<kBits, 1, kRows, kStrips>(a, codes, sum);
+    if constexpr (kParts > 2) AddPart<kBits, 2, kRows, kStrips>(a, codes, sum);
+    if constexpr (kParts > 3) AddPart<kBits, 3, kRows, kStrips>(a, codes, sum);
+    a.at += 32 / kBits;
+    codes += codes_stride;
+  }
+}
+
+// The same over `steps` of them.
 template <int kBits, int kRows, int kStrips>
 [[gnu::always_inline]] inline void AddLanes(RowOperands a, const uint8_t* codes,
                                             ptrdiff_t codes_stride, int steps,
                                             Int8Sums<kRows, kStrips>& sum,
                                             Prefetch* prefetch) {
-  constexpr int kParts = Int8Dot::kParts<kBits>;
-  constexpr int kDepths = 32 / kBits;
   while (steps > 0) {
-    const PrefetchRun run = NextRun(prefetch, steps, kDepths / 2);
-    const char* line = run.line;
-    for (int step = 0; step < run.steps; ++step) {
-      for (int i = 0; i < run.lines_per_step; ++i, line += kCacheLine) {
-        _mm_prefetch(line, _MM_HINT_T1);
-      }
-      AddPart<kBits, 0, kRows, kStrips>(a, codes, sum);
-      if constexpr (kParts > 1) AddPart<kBits, 1, kRows, kStrips>(a, codes, sum);
-      if constexpr (kParts > 2) AddPart<kBits, 2, kRows, kStrips>(a, codes, sum);
-      if constexpr (kParts > 3) AddPart<kBits, 3, kRows, kStrips>(a, codes, sum);
-      a.at += kDepths;
-      codes += codes_stride;
+    const PrefetchRun run = NextRun(prefetch, steps, 16 / kBits);
+    if (run.near) {
+      AddRun<true, kBits, kRows, kStrips>(a, codes, codes_stride, run, sum);
+    } else {
+      AddRun<false, kBits, kRows, kStrips>(a, codes, codes_stride, run, sum);
     }
     steps -= run.steps;
   }

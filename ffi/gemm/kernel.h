@@ -52,6 +52,9 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
+  // To L1 and past the other caches, for what is used soon and then no more; else to
+  // L2.
+  bool near = false;
   // Contiguous bytes to fetch after all that.
   const char* more = nullptr;
   int64_t more_bytes = 0;

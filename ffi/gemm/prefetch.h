@@ -17,6 +17,15 @@ struct PrefetchRun {
   const char* line = nullptr;
   int lines_per_step = 0;
   int steps;
+  bool near = false;  // see Prefetch
+
+  // The lines of a step. A template, as the innermost loops should not test for it.
+  template <bool kNear>
+  [[gnu::always_inline]] void FetchStep() {
+    for (int i = 0; i < lines_per_step; ++i, line += kCacheLine) {
+      __builtin_prefetch(line, 0, kNear ? 0 : 2);
+    }
+  }
 };
 
 // The run for at most `steps` steps of `pairs` depth pairs each. It ends where a chunk
@@ -42,7 +51,8 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
   if (left_steps < steps) steps = static_cast<int>(left_steps);
   const int64_t bytes = steps * step_bytes;
   prefetch->position += bytes < left ? bytes : left;
-  return {prefetch->base + chunk * prefetch->stride + offset, lines, steps};
+  return {prefetch->base + chunk * prefetch->stride + offset, lines, steps,
+          prefetch->near};
 }
 
 // The strips of c that a term feeds are its panel's strips 0 .. TermWidth - 1.

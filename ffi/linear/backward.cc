@@ -145,8 +145,8 @@ class LinearBackwardPass : LinearPass {
   }
   // Fetches a panel of inputs of the panels [first, last) of W.
   Prefetch FetchInputs(int s, int first, int last, int panel) const {
-    return FetchPairs(store_.Panel(s, first), store_.Strips(first), panel * kPanel / 2,
-                      kPanel / 2, last - first, store_.Stride());
+    return FetchPairs(store_.Panel(s, first), panel * kPanel / 2, kPanel / 2,
+                      last - first, store_.Stride());
   }
 
   // Where a row's values of a panel of inputs go: to grad_x, or to a slice's sum.

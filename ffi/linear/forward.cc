@@ -49,9 +49,9 @@ class LinearForwardPass : LinearPass {
     for (int panel = offset + task.first_panel; panel < offset + task.last_panel;
          ++panel) {
       const int strips = store_.Strips(panel), width = store_.Width(panel);
-      BaseProduct product{
-          rows,  nullptr, store_.Panel(s, panel), store_.inputs_padded(), strips,
-          rows_, {}};
+      BaseProduct product{rows,   nullptr, store_.Panel(s, panel),
+                          {},     {},      store_.inputs_padded(),
+                          strips, rows_,   {}};
       if (rank()) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         MatrixB().PackOutputs(kernels_, 0, int64_t{panel} * kPanel, width, 0, rank(),
@@ -59,10 +59,8 @@ class LinearForwardPass : LinearPass {
         product.lora.Add(SpreadRows(low_rank_, block.begin), scratch.lora_panel[0],
                          SpreadDepth());
       }
-      Prefetch prefetch;
       if (panel + 1 < offset + task.last_panel) {
-        prefetch = FetchPanel(store_.Panel(s, panel + 1), store_.Strips(panel + 1),
-                              store_.inputs_padded());
+        product.next = store_.Panel(s, panel + 1);
       }
       const int64_t stride = store_.outputs(), column = int64_t{panel} * kPanel;
       const auto place = [&](int row) { return (block.begin + row) * stride + column; };
@@ -70,18 +68,17 @@ class LinearForwardPass : LinearPass {
         Fetch(static_cast<char*>(y_.data) + place(row) * ValueBytes(),
               width * ValueBytes());
       };
-      MultiplyBase(
-          product, block.count, scratch, prefetch, touch, [&](int first, int count) {
-            if (y_.is_float32) {
-              epilogues_.store_rows_f32(scratch.tile, count, width,
-                                        static_cast<float*>(y_.data) + place(first),
-                                        stride);
-            } else {
-              epilogues_.store_rows_bf16(scratch.tile, count, width,
-                                         static_cast<bf16*>(y_.data) + place(first),
-                                         stride);
-            }
-          });
+      MultiplyBase(product, block.count, scratch, touch, [&](int first, int count) {
+        if (y_.is_float32) {
+          epilogues_.store_rows_f32(scratch.tile, count, width,
+                                    static_cast<float*>(y_.data) + place(first),
+                                    stride);
+        } else {
+          epilogues_.store_rows_bf16(scratch.tile, count, width,
+                                     static_cast<bf16*>(y_.data) + place(first),
+                                     stride);
+        }
+      });
     }
   }
 

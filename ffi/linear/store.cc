@@ -17,7 +17,13 @@ constexpr int kUnit = 2;
 
 LinearStore::LinearStore(std::shared_ptr<Backend> backend, int outputs, int inputs,
                          const Encoding& encoding)
-    : BaseStore(std::move(backend), encoding), outputs_(outputs), inputs_(inputs) {
+    : BaseStore(std::move(backend), encoding),
+      outputs_(outputs),
+      inputs_(inputs),
+      layout_(encoding, kPanelStrips, inputs_padded()),
+      last_layout_(encoding, Strips(static_cast<int>(CeilDiv(outputs, kPanel)) - 1),
+                   inputs_padded()),
+      stride_(layout_.Stride()) {
   CheckDepth(encoding, inputs, "linear");
   const int count = backend_->pool.config().subpool_count;
   const int panels = static_cast<int>(CeilDiv(outputs, kPanel));
@@ -52,9 +58,10 @@ void LinearStore::PackPanels(const SourceMatrix& source, int s, int first, int l
   if (!quantised()) {
     for (int panel = first; panel < last; ++panel) {
       const int strips = Strips(panel);
+      const BasePanel base = Panel(s, panel);
       PackStrips(backend_->kernels, source, inputs_, int64_t{panel} * kPanel * inputs_,
-                 Width(panel), inputs_, strips,
-                 const_cast<bf16*>(Panel(s, panel).values), 2 * kStrip * strips);
+                 Width(panel), inputs_, strips, const_cast<bf16*>(base.values),
+                 2 * kStrip * strips);
     }
     return;
   }
@@ -65,10 +72,11 @@ void LinearStore::PackPanels(const SourceMatrix& source, int s, int first, int l
                 inputs_, {"linear", kNoExpert, row}, encoded);
   for (int panel = first; panel < last; ++panel) {
     const PanelLayout layout(encoding_, Strips(panel), inputs_padded());
+    const BasePanel base = Panel(s, panel);
     for (int strip = 0; strip < Strips(panel); ++strip) {
       const int output = (panel - first) * kPanel + strip * kStrip;
       PackStrip(layout, plain, output, std::clamp(rows - output, 0, kStrip), 0, inputs_,
-                strip, const_cast<uint8_t*>(Panel(s, panel).codes.codes));
+                strip, const_cast<uint8_t*>(base.codes.codes));
     }
   }
 }

@@ -44,17 +44,13 @@ class LinearStore final : public BaseStore {
   const std::vector<Slice>& slices() const { return slices_; }
 
   // `panel` counts over all slices, and is one of slice s.
-  BasePanel Panel(int s, int panel) const {
-    return At(encoding_,
-              static_cast<const uint8_t*>(memory_[s].data()) +
-                  (panel - slices_[s].first) * Stride(),
-              Strips(panel), inputs_padded());
+  StoredPanel Panel(int s, int panel) const {
+    return {Strips(panel) == kPanelStrips ? &layout_ : &last_layout_,
+            static_cast<const uint8_t*>(memory_[s].data()) +
+                (panel - slices_[s].first) * stride_};
   }
   // Bytes between two panels.
-  int64_t Stride() const {
-    return PanelStride(At(encoding_, nullptr, kPanelStrips, inputs_padded()),
-                       inputs_padded());
-  }
+  int64_t Stride() const { return stride_; }
   int Strips(int panel) const {
     const int padded = static_cast<int>(RoundUp(outputs_, kDepth));
     const int left = padded / kStrip - panel * kPanelStrips;
@@ -72,6 +68,9 @@ class LinearStore final : public BaseStore {
 
   const int outputs_;
   const int inputs_;
+  const BasePanelLayout layout_;
+  const BasePanelLayout last_layout_;  // of the last panel, with fewer strips
+  const int64_t stride_;
   std::vector<Slice> slices_;
 };
 

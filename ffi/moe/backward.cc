@@ -102,7 +102,8 @@ class BackwardPass : LoRAGradPass {
     const Residuals& kept = recompute_ ? recomputed_ : residuals_;
     const Activations values{kept.gate, kept.up, !recompute_, low_rank_};
     if (recompute_) {
-      if (!ComputeHidden(worker, scratch, g, counter, values, watch)) return false;
+      if (!ComputeHidden(worker, scratch, g, counter, values, watch, [] {}))
+        return false;
     } else if (lora_grads_) {  // used after the barriers below
       counters().ForEach(CounterOf(counter + kLoadLowRank, 0), group.blocks.size(),
                          [&](int64_t i) { LoadLowRank(group, group.blocks[i]); });
@@ -121,10 +122,10 @@ class BackwardPass : LoRAGradPass {
     }
 
     const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
-    counters().ForEachAhead(CounterOf(counter + kHiddenGrad, s), tasks,
-                            [&](const BlockTask& task, auto next) {
-                              HiddenGrad(s, group, task, values, scratch, next);
-                            });
+    TaskQueue queue = counters().Queue(CounterOf(counter + kHiddenGrad, s), tasks);
+    while (const BlockTask* task = queue.Take()) {
+      HiddenGrad(s, group, *task, values, scratch, queue);
+    }
     if (!Wait(worker, scratch)) return false;
     watch.Lap("grad h, SwiGLU");
 
@@ -156,16 +157,15 @@ class BackwardPass : LoRAGradPass {
   }
 
   // dots, dg, du and h of a block, 64 columns at a time.
-  template <typename NextTask>
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
                   const Activations& values, const Scratch& scratch,
-                  NextTask next_task) {
+                  TaskQueue<BlockTask>& queue) {
     const RowBlock& block = task.rows;
     const int begin = task.first_panel * kPanel;
     const int end = std::min(task.last_panel * kPanel, shard(s).width);
     const bool contract = Contracts(block.count);
     GatherRows(grad_y_, block, scratch);
-    if (contract) ContractDown(s, block, begin, end, scratch, next_task);
+    if (contract) ContractDown(s, block, begin, end, scratch, queue);
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
       Terms lora, dropped;  // where dropout is, LoRA's terms are added apart
@@ -206,15 +206,15 @@ class BackwardPass : LoRAGradPass {
       }
       Prefetch prefetch;
       if (column + 2 * kPanel <= end) {
-        prefetch = FetchPairs(store_.Down(s, block.expert, 0), store_.DownStrips(0),
-                              (column + kPanel) / 2, kPanel / 2,
-                              geometry_.hidden_padded() / kPanel, store_.DownStride(s));
+        prefetch = FetchPairs(store_.Down(s, block.expert, 0), (column + kPanel) / 2,
+                              kPanel / 2, geometry_.hidden_padded() / kPanel,
+                              store_.DownStride(s));
       }
       const auto transposed = [&](int first, int count) {
         return TransposeDown(s, block.expert, column, strips, first, count, scratch);
       };
-      MultiplyTransposed(DownPanels(), transposed, lora, block.count, strips, scratch,
-                         prefetch, touch, epilogue);
+      MultiplyTransposed(store_.DownPanels(), transposed, lora, block.count, strips,
+                         scratch, prefetch, touch, epilogue);
     }
   }
 
@@ -226,8 +226,8 @@ class BackwardPass : LoRAGradPass {
   static ptrdiff_t SumsStride(int columns) { return columns + kStrip; }
 
   // scratch.sums = 0, then += `rows` of a (its low parts as well) times depth pairs
-  // [first_pair, first_pair + pairs) of `panels` panels; panel(p) names them and their
-  // strips, operand(p, part) what they are multiplied with. next() is what to fetch
+  // [first_pair, first_pair + pairs) of `panels` panels; panel(p) names them,
+  // operand(p, part) what they are multiplied with. next() is what to fetch
   // during the last one.
   template <typename Panel, typename Operand, typename Next>
   void Contract(int panels, int rows, int first_pair, int pairs, Panel panel,
@@ -235,14 +235,11 @@ class BackwardPass : LoRAGradPass {
     const ptrdiff_t stride = SumsStride(2 * pairs);
     std::fill_n(scratch.sums, rows * stride, 0.0f);
     for (int p = 0; p < panels; ++p) {
-      const auto [base, strips] = panel(p);
-      Prefetch prefetch;
-      if (p + 1 < panels) {
-        const auto [following, width] = panel(p + 1);
-        prefetch = FetchPairs(following, width, first_pair, pairs, 1, 0);
-      } else {
-        prefetch = next();
-      }
+      const StoredPanel stored = panel(p);
+      const BasePanel base = stored;
+      const int strips = stored.strips();
+      Prefetch prefetch =
+          p + 1 < panels ? FetchPairs(panel(p + 1), first_pair, pairs) : next();
       if (!base.values && ContractCodes(base, operand, p, rows, first_pair, pairs,
                                         stride, prefetch, scratch)) {
         continue;
@@ -282,12 +279,9 @@ class BackwardPass : LoRAGradPass {
   }
 
   // The columns [begin, end) of gy Wd.
-  template <typename NextTask>
   void ContractDown(int s, const RowBlock& block, int begin, int end,
-                    const Scratch& scratch, NextTask next_task) const {
-    const auto panel = [&](int p) {
-      return std::pair(store_.Down(s, block.expert, p), store_.DownStrips(p));
-    };
+                    const Scratch& scratch, TaskQueue<BlockTask>& queue) const {
+    const auto panel = [&](int p) { return store_.Down(s, block.expert, p); };
     const auto operand = [&](int p, Part part) {
       StripRows rows{{}, scratch.rows.stride};
       for (int i = 0; i < kPanelStrips; ++i) {
@@ -298,24 +292,21 @@ class BackwardPass : LoRAGradPass {
       return rows;
     };
     const auto next = [&]() -> Prefetch {
-      const BlockTask* task = next_task();
+      const BlockTask* task = queue.Peek();
       if (!task) return {};
       const int columns = std::min(task->last_panel * kPanel, shard(s).width) -
                           task->first_panel * kPanel;
       const int expert = task->rows.expert, first = task->first_panel * kPanel;
-      return FetchPairs(store_.Down(s, expert, 0), store_.DownStrips(0), first / 2,
-                        columns / 2, 1, 0);
+      return FetchPairs(store_.Down(s, expert, 0), first / 2, columns / 2);
     };
-    Contract(DownPanels(), block.count, begin / 2, (end - begin) / 2, panel, operand,
-             next, scratch);
+    Contract(store_.DownPanels(), block.count, begin / 2, (end - begin) / 2, panel,
+             operand, next, scratch);
   }
 
   // The columns [begin, end) of dg Wg + du Wu. `next_expert` comes after.
   void ContractGateUp(int s, const Group& group, const RowBlock& rows, int begin,
                       int end, int next_expert, const Scratch& scratch) const {
-    const auto panel = [&](int p) {
-      return std::pair(store_.GateUp(s, rows.expert, p), kPanelStrips);
-    };
+    const auto panel = [&](int p) { return store_.GateUp(s, rows.expert, p); };
     const auto operand = [&](int p, Part part) {
       const SplitRows gate = HiddenRows(d_gate_, s, group, rows.begin, p * kDepth);
       const SplitRows up = HiddenRows(d_up_, s, group, rows.begin, p * kDepth);
@@ -326,8 +317,7 @@ class BackwardPass : LoRAGradPass {
     };
     const auto next = [&]() -> Prefetch {
       if (next_expert < 0) return {};
-      return FetchPairs(store_.GateUp(s, next_expert, 0), kPanelStrips, begin / 2,
-                        (end - begin) / 2, 1, 0);
+      return FetchPairs(store_.GateUp(s, next_expert, 0), begin / 2, (end - begin) / 2);
     };
     Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
              operand, next, scratch);
@@ -466,8 +456,8 @@ class BackwardPass : LoRAGradPass {
         if (more_panels || next_expert >= 0) {
           const int next = more_panels ? panel + 1 : task.first_panel;
           prefetch = FetchPairs(store_.GateUp(s, more_panels ? expert : next_expert, 0),
-                                kPanelStrips, next * kPanel / 2, kPanel / 2,
-                                width / kDepth, store_.GateUpStride());
+                                next * kPanel / 2, kPanel / 2, width / kDepth,
+                                store_.GateUpStride());
         }
         const auto transposed = [&](int first, int count) {
           return TransposeGateUp(s, group, rows, panel, strips, first, count, scratch);

@@ -10,25 +10,6 @@ size_t BaseStore::bytes() const {
   return total;
 }
 
-int64_t BaseStore::PanelStride(const BasePanel& panel, int depth) {
-  return panel.Bytes(kPanelStrips, depth) +
-         (depth >= 512 ? panel.PairBytes(kPanelStrips, kDepth / 2) : 0);
-}
-
-BasePanel BaseStore::At(const Encoding& encoding, const uint8_t* memory, int strips,
-                        int depth) {
-  if (!IsQuantised(encoding)) return {reinterpret_cast<const bf16*>(memory), {}};
-  return {nullptr, PanelLayout(encoding, strips, depth).At(memory)};
-}
-
-BasePanel BaseStore::MixedAt(const Encoding& even, const Encoding& odd,
-                             const uint8_t* memory, int strips, int depth) {
-  const PanelLayout first(even, strips / 2, depth), second(odd, strips / 2, depth);
-  BasePanel panel{nullptr, first.At(memory), second.At(memory + first.bytes)};
-  panel.codes.apart = panel.odd.apart = 2;
-  return panel;
-}
-
 void PackStrips(const Kernels& kernels, const SourceMatrix& matrix, int64_t stride,
                 int64_t offset, int outputs, int depth, int strips, bf16* dst,
                 ptrdiff_t dst_stride) {

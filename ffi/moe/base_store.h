@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -35,23 +36,72 @@ struct BasePanel {
   QuantPanel odd = {};
 
   bool mixed() const { return odd.strips > 0; }
-  // Of a panel of so many strips and depths, scales counted.
-  int64_t Bytes(int strips, int depth) const {
-    return codes.format == Format::kBf16 ? PairBytes(strips, depth / 2)
-                                         : codes.bytes + odd.bytes;
-  }
-  // Of so many depth pairs, a multiple of 16, scales not counted; of mixed panels the
-  // even strips.
-  int64_t PairBytes(int strips, int64_t pairs) const {
-    strips = mixed() ? codes.strips : strips;
-    return 2 * pairs * kStrip * strips * SpecOf(codes.format).bits() / 8;
-  }
   // The values of depth pairs [first, + pairs) of codes, as a panel of all strips.
   void Decode(const Kernels& kernels, int first, int pairs, bf16* dst,
               Prefetch* prefetch) const {
     kernels.decode(codes, first, pairs, dst, prefetch);
     if (mixed()) kernels.decode(odd, first, pairs, dst + 2 * kStrip, nullptr);
   }
+};
+
+// Where things are in a panel of base weights: computed once.
+class BasePanelLayout {
+ public:
+  // `depth` is a multiple of 32.
+  BasePanelLayout(const Encoding& encoding, int strips, int depth)
+      : strips_(strips), depth_(depth), even_(encoding, strips, depth) {}
+  // Even strips in one format and odd ones in another, both in blocks.
+  BasePanelLayout(const Encoding& even, const Encoding& odd, int strips, int depth)
+      : strips_(strips),
+        depth_(depth),
+        even_(even, strips / 2, depth),
+        odd_(PanelLayout(odd, strips / 2, depth)) {}
+
+  int strips() const { return strips_; }
+  BasePanel At(const uint8_t* memory) const {
+    if (even_.encoding.format == Format::kBf16) {
+      return {reinterpret_cast<const bf16*>(memory), {}};
+    }
+    BasePanel panel{nullptr, even_.At(memory)};
+    if (odd_) {
+      panel.odd = odd_->At(memory + even_.bytes);
+      panel.codes.apart = panel.odd.apart = 2;
+    }
+    return panel;
+  }
+  // Of the panel, scales counted.
+  int64_t Bytes() const { return even_.bytes + (odd_ ? odd_->bytes : 0); }
+  // Of so many depth pairs, a multiple of 16, scales not counted; of mixed panels the
+  // even strips.
+  int64_t PairBytes(int64_t pairs) const {
+    return 2 * pairs * kStrip * even_.strips * even_.encoding.spec().bits() / 8;
+  }
+  // Bytes between two panels of one matrix. Large ones are 32 depths further apart than
+  // they are long. The backward reads the same rows of every panel: a power of two
+  // apart (256 KiB for a hidden size of 2048), they would share a few sets of L1 and L2
+  // and evict one another.
+  int64_t Stride() const {
+    return Bytes() + (depth_ >= 512 ? PairBytes(kDepth / 2) : 0);
+  }
+
+ private:
+  int strips_;
+  int depth_;
+  PanelLayout even_;  // of all strips where odd ones are no different
+  std::optional<PanelLayout> odd_;
+};
+
+// A panel as a store names it, or none: what is fetched need not be taken apart.
+struct StoredPanel {
+  const BasePanelLayout* layout = nullptr;
+  const uint8_t* memory = nullptr;
+
+  explicit operator bool() const { return layout; }
+  operator BasePanel() const { return layout->At(memory); }
+  int strips() const { return layout->strips(); }
+  int64_t Bytes() const { return layout->Bytes(); }
+  int64_t PairBytes(int64_t pairs) const { return layout->PairBytes(pairs); }
+  const char* start() const { return reinterpret_cast<const char*>(memory); }
 };
 
 class BaseStore {
@@ -75,16 +125,6 @@ class BaseStore {
   static bool IsQuantised(const Encoding& encoding) {
     return encoding.format != Format::kBf16;
   }
-  static BasePanel At(const Encoding& encoding, const uint8_t* memory, int strips,
-                      int depth);
-  // Even strips in one format and odd ones in another, both in blocks.
-  static BasePanel MixedAt(const Encoding& even, const Encoding& odd,
-                           const uint8_t* memory, int strips, int depth);
-  // Large panels are 32 depths further apart than they are long. The backward reads the
-  // same rows of every panel of a matrix: a power of two apart (256 KiB for a hidden
-  // size of 2048), they would share a few sets of L1 and L2 and evict one another.
-  static int64_t PanelStride(const BasePanel& panel, int depth);
-
   std::shared_ptr<Backend> backend_;
   Encoding encoding_;
   std::vector<AlignedBuffer> memory_;  // one per sub-pool, on its node

@@ -39,15 +39,25 @@ class ForwardPass : Pass {
       for (size_t g = 0; g < groups_.size(); ++g) {
         const int counter = static_cast<int>(g) * kPhases;
         const Activations values{residuals_.gate, residuals_.up, true, low_rank_};
-        if (!ComputeHidden(worker, scratch, g, counter, values, watch)) return;
+        TaskQueue down = counters().Queue(CounterOf(counter + kDown, worker.subpool()),
+                                          output_tasks_);
+        const auto fetch_ahead = [&] {
+          if (const OutputTask* task = down.Peek()) {
+            const StoredPanel panel = Start(worker.subpool(), groups_[g], *task);
+            if (panel) Fetch(panel.start(), panel.Bytes());
+          }
+        };
+        if (!ComputeHidden(worker, scratch, g, counter, values, watch, fetch_ahead)) {
+          return;
+        }
         if (residuals_.low_rank) {
           counters().ForEach(
               CounterOf(counter + kKeepLowRank, 0), groups_[g].blocks.size(),
               [&](int64_t i) { KeepLowRank(groups_[g], groups_[g].blocks[i]); });
         }
-        counters().ForEach(
-            CounterOf(counter + kDown, worker.subpool()), output_tasks_.size(),
-            [&](int64_t i) { Down(worker.subpool(), g, output_tasks_[i], scratch); });
+        while (const OutputTask* task = down.Take()) {
+          Down(worker.subpool(), g, *task, scratch, down);
+        }
         // The next group overwrites h.
         if (!Wait(worker, scratch)) return;
         watch.Lap("down");
@@ -83,8 +93,20 @@ class ForwardPass : Pass {
     }
   }
 
+  // The first panel that a task multiplies with; none when none of its tokens have
+  // experts in the group.
+  StoredPanel Start(int s, const Group& group, const OutputTask& task) const {
+    for (const int expert : group.active) {
+      if (RowsOfTokens(routing_, expert, task.first_token, task.last_token).count) {
+        return store_.Down(s, expert, task.first_panel);
+      }
+    }
+    return {};
+  }
+
   // y[tokens, panels] += w (h Wdᵀ + (s h Adᵀ) Bdᵀ) over the experts of a group.
-  void Down(int s, int group_index, const OutputTask& task, const Scratch& scratch) {
+  void Down(int s, int group_index, const OutputTask& task, const Scratch& scratch,
+            TaskQueue<OutputTask>& queue) {
     const Group& group = groups_[group_index];
     if (group_index == 0) sum_.Clear(s, task);
     const bool lora = rank() && s == 0;  // s h Adᵀ is already the sum over the shards
@@ -99,6 +121,8 @@ class ForwardPass : Pass {
         BaseProduct product{HiddenRows(hidden_, s, group, rows.begin),
                             int8() ? &codes : nullptr,
                             store_.Down(s, expert, panel),
+                            {},
+                            {},
                             shard(s).width,
                             strips,
                             routing_.rows_of(expert),
@@ -112,30 +136,29 @@ class ForwardPass : Pass {
           product.lora.Add(SpreadRows(low_rank_, group, rows.begin, 2),
                            scratch.lora_panel[0], LowRankDepth());
         }
-        const bool next_panel = panel + 1 < task.last_panel;
-        Prefetch prefetch;
-        if (next_panel || e + 1 < group.active.size()) {
-          const int next = next_panel ? panel + 1 : task.first_panel;
-          prefetch = FetchPanel(
-              store_.Down(s, next_panel ? expert : group.active[e + 1], next),
-              store_.DownStrips(next), shard(s).width);
-          if (!next_panel && !int8()) {
-            const RowBlock next_rows = RowsOfTokens(routing_, group.active[e + 1],
-                                                    task.first_token, task.last_token);
-            FetchHidden(s, group, next_rows, prefetch);
+        if (panel + 1 < task.last_panel) {
+          product.next = store_.Down(s, expert, panel + 1);
+        } else if (e + 1 < group.active.size()) {
+          const int next = group.active[e + 1];
+          product.next = store_.Down(s, next, task.first_panel);
+          if (!int8()) {
+            const RowBlock next_rows =
+                RowsOfTokens(routing_, next, task.first_token, task.last_token);
+            product.also = HiddenBytes(s, group, next_rows);
           }
+        } else if (const OutputTask* next = queue.Peek()) {
+          product.next = Start(s, group, *next);
         }
         const auto touch = [&](int row) {
           FetchSum(s, rows.begin + row, panel, strips);
           if (lora) FetchSpread(low_rank_, group, rows.begin + row, 2);
         };
-        MultiplyBase(
-            product, rows.count, scratch, prefetch, touch, [&](int first, int count) {
-              const int row = rows.begin + first;
-              const auto [sums, stride] = sum_.At(s, panel);
-              epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
-                                     &routing_.weights[row], sums, stride);
-            });
+        MultiplyBase(product, rows.count, scratch, touch, [&](int first, int count) {
+          const int row = rows.begin + first;
+          const auto [sums, stride] = sum_.At(s, panel);
+          epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
+                                 &routing_.weights[row], sums, stride);
+        });
       }
     }
   }

@@ -35,7 +35,7 @@ MutableArray LoRAGradPass::GradOf(LoRAArray which, int expert, int64_t rows,
 void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
                              const Scratch& scratch) const {
   const int row = routing_.offsets[expert], hidden = geometry_.hidden;
-  const int panels = DownPanels(), half = source % 2;
+  const int panels = store_.DownPanels(), half = source % 2;
   const int begin = panels * half / 2 * kPanel;
   const int end = std::min(panels * (half + 1) / 2 * kPanel, hidden);
   const bool of_x = source < 2;

@@ -36,7 +36,7 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
           MakeBlockTasks(group.blocks, shard.width / kDepth, threads));
     }
   }
-  output_tasks_ = MakeOutputTasks(inputs.tokens, DownPanels(), threads);
+  output_tasks_ = MakeOutputTasks(inputs.tokens, store_.DownPanels(), threads);
   low_rank_width_ = static_cast<int>(RoundUp(rank(), kDepth));
   low_rank_stride_ = 6 * low_rank_width_;
   rank_strips_ = static_cast<int>(CeilDiv(rank(), kStrip));
@@ -227,7 +227,8 @@ bool Pass::SumPartialsPhase(Worker& worker, const Scratch& scratch, const Group&
 }
 
 bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index,
-                         int counter, const Activations& out, Stopwatch& watch) {
+                         int counter, const Activations& out, Stopwatch& watch,
+                         const std::function<void()>& fetch_ahead) {
   const Group& group = groups_[group_index];
   const int s = worker.subpool();
 
@@ -248,16 +249,17 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     if (!Wait(worker, scratch)) return false;
     watch.Lap("x A");
   }
-  counters().ForEachAhead(
-      CounterOf(counter + kGateUp, s), tasks, [&](const BlockTask& task, auto next) {
-        GatherRows(inputs_.x, task.rows, scratch);
-        if (int8()) {
-          kernels_.quantize_rows(scratch.rows, task.rows.count,
-                                 geometry_.hidden_padded(), scratch.codes);
-        }
-        if (rank() && in_tasks) LowRankOfInput(group, task.rows, out, scratch);
-        GateUp(s, group, task, out, scratch, next);
-      });
+  TaskQueue queue = counters().Queue(CounterOf(counter + kGateUp, s), tasks);
+  while (const BlockTask* task = queue.Take()) {
+    GatherRows(inputs_.x, task->rows, scratch);
+    if (int8()) {
+      kernels_.quantize_rows(scratch.rows, task->rows.count, geometry_.hidden_padded(),
+                             scratch.codes);
+    }
+    if (rank() && in_tasks) LowRankOfInput(group, task->rows, out, scratch);
+    GateUp(s, group, *task, out, scratch, queue);
+  }
+  fetch_ahead();
   if (!Wait(worker, scratch)) return false;
   watch.Lap("gate, up, SwiGLU");
 
@@ -297,10 +299,9 @@ void Pass::LowRankOfInput(const Group& group, const RowBlock& block,
           geometry_.hidden, factors, out.low_rank, false, scratch);
 }
 
-template <typename NextTask>
 void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                   const Activations& out, const Scratch& scratch,
-                  NextTask next_task) const {
+                  TaskQueue<BlockTask>& queue) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
   for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
@@ -308,6 +309,8 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     BaseProduct product{scratch.rows,
                         int8() ? &scratch.codes : nullptr,
                         store_.GateUp(s, expert, panel),
+                        {},
+                        {},
                         geometry_.hidden_padded(),
                         kPanelStrips,
                         routing_.rows_of(expert),
@@ -324,17 +327,10 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                          lora_panel, LowRankDepth(), which, 2);
       }
     }
-    BasePanel following;
-    bool follows = panel + 1 < task.last_panel;
-    if (follows) {
-      following = store_.GateUp(s, expert, panel + 1);
-    } else if (const BlockTask* next = next_task()) {
-      following = store_.GateUp(s, next->rows.expert, next->first_panel);
-      follows = true;
-    }
-    Prefetch prefetch;
-    if (follows) {
-      prefetch = FetchPanel(following, kPanelStrips, geometry_.hidden_padded());
+    if (panel + 1 < task.last_panel) {
+      product.next = store_.GateUp(s, expert, panel + 1);
+    } else if (const BlockTask* next = queue.Peek()) {
+      product.next = store_.GateUp(s, next->rows.expert, next->first_panel);
     }
     const auto touch = [&](int row) {
       FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);
@@ -342,15 +338,13 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
       FetchSpread(out.low_rank, group, block.begin + row, 0);
       FetchSpread(out.low_rank, group, block.begin + row, 1);
     };
-    MultiplyBase(product, block.count, scratch, prefetch, touch,
-                 [&](int first, int count) {
-                   const int row = block.begin + first, kept = shard(s).begin + column;
-                   epilogues_.swiglu(scratch.tile, count, kPanelStrips,
-                                     HiddenRows(hidden_, s, group, row, column),
-                                     KeptIndex(out, row),
-                                     KeptRows(out, out.gate, group, row, kept),
-                                     KeptRows(out, out.up, group, row, kept));
-                 });
+    MultiplyBase(product, block.count, scratch, touch, [&](int first, int count) {
+      const int row = block.begin + first, kept = shard(s).begin + column;
+      epilogues_.swiglu(scratch.tile, count, kPanelStrips,
+                        HiddenRows(hidden_, s, group, row, column), KeptIndex(out, row),
+                        KeptRows(out, out.gate, group, row, kept),
+                        KeptRows(out, out.up, group, row, kept));
+    });
   }
 }
 

@@ -3,6 +3,7 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -74,9 +75,6 @@ class Pass : protected Products {
                 column,
             HiddenStride(s), exact() ? shard(s).width + kDepth : 0};
   }
-  int DownPanels() const {
-    return static_cast<int>(CeilDiv(geometry_.hidden_padded(), kPanel));
-  }
 
   Scratch MakeScratch(Arena& arena) const;
   // Runs job(worker, scratch) on the pool.
@@ -99,13 +97,12 @@ class Pass : protected Products {
   SplitRows AdapterRows(DropoutOf of, const RowBlock& block, SplitRows rows, int column,
                         int columns, const Scratch& scratch) const;
 
-  // Fetches rows of h as well: other threads have written them.
-  void FetchHidden(int s, const Group& group, const RowBlock& rows,
-                   Prefetch& prefetch) const {
+  // Rows of h, which other threads have written.
+  std::span<const char> HiddenBytes(int s, const Group& group,
+                                    const RowBlock& rows) const {
     const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
-    prefetch.more = reinterpret_cast<const char*>(hidden.high);
-    prefetch.more_bytes =
-        static_cast<int64_t>(rows.count * hidden.stride) * sizeof(bf16);
+    return {reinterpret_cast<const char*>(hidden.high),
+            sizeof(bf16) * rows.count * hidden.stride};
   }
 
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
@@ -122,18 +119,17 @@ class Pass : protected Products {
                         int counter, int factors, int first_factor, bf16* destination);
 
   // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes.
-  // Returns false when another worker has failed.
+  // Calls fetch_ahead() when this worker's part of gate and up is done, to fetch what
+  // it will need after that. Returns false when another worker has failed.
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
-                     const Activations& out, Stopwatch& watch);
+                     const Activations& out, Stopwatch& watch,
+                     const std::function<void()>& fetch_ahead);
   enum HiddenPhase { kLowRankOfX, kGateUp, kHiddenOperands, kSumHidden, kHiddenPhases };
   // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
   void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
                       const Scratch& scratch) const;
-  // Calls next_task() for the task that comes after, or null, when there is time left
-  // to fetch what it begins with.
-  template <typename NextTask>
   void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
-              const Scratch& scratch, NextTask next_task) const;
+              const Scratch& scratch, TaskQueue<BlockTask>& queue) const;
   // Rows of h, quantised.
   Int8Rows HiddenCodes(int s, const Group& group, int row) const {
     return From(hidden_codes_[s], row - group.first_row);

@@ -86,7 +86,9 @@ class Products {
   struct BaseProduct {
     SplitRows rows;
     const Int8Rows* codes;  // the rows, quantised; null: base weights are decoded
-    BasePanel panel;
+    StoredPanel panel;
+    StoredPanel next;            // to be fetched meanwhile
+    std::span<const char> also;  // the same
     int depth;
     int strips;
     int all_rows;  // that are multiplied with the panel, in this product and in others
@@ -95,43 +97,59 @@ class Products {
   // Like Multiply below.
   template <typename Touch, typename Epilogue>
   void MultiplyBase(const BaseProduct& product, int rows, const Scratch& scratch,
-                    Prefetch prefetch, Touch touch, Epilogue epilogue) const;
+                    Touch touch, Epilogue epilogue) const;
   // scratch.tile = the product, where there are few rows and kernels multiply with
   // codes as they are. By all rows: how they are cut must not change a bit.
-  bool DotCodes(const BaseProduct& product, int rows, const Scratch& scratch,
-                Prefetch prefetch) const {
+  bool DotCodes(const BaseProduct& product, const BasePanel& panel, int rows,
+                const Scratch& scratch, Prefetch prefetch) const {
     if (!kernels_.dot_codes || product.all_rows > kMaxContractRows) return false;
     prefetch.Spread(product.depth / 2);
     const auto dot = [&](const QuantPanel& codes, float* c, Prefetch* fetch) {
       return kernels_.dot_codes(product.rows.high, product.rows.stride, rows, codes,
                                 product.depth, c, fetch);
     };
-    return dot(product.panel.codes, scratch.tile,
-               prefetch.base ? &prefetch : nullptr) &&
-           (!product.panel.mixed() ||
-            dot(product.panel.odd, scratch.tile + kStrip, nullptr));
-  }
-  static const char* Start(const BasePanel& panel) {
-    return panel.values ? reinterpret_cast<const char*>(panel.values)
-                        : reinterpret_cast<const char*>(panel.codes.codes);
+    return dot(panel.codes, scratch.tile, prefetch.base ? &prefetch : nullptr) &&
+           (!panel.mixed() || dot(panel.odd, scratch.tile + kStrip, nullptr));
   }
   // Fetches a panel of base weights.
-  Prefetch FetchPanel(const BasePanel& panel, int strips, int depth) const {
-    Prefetch prefetch;
-    prefetch.base = Start(panel);
-    prefetch.chunk_bytes = prefetch.total_bytes =
-        RoundUp(panel.Bytes(strips, depth), 2048);
-    return prefetch;
+  static Prefetch FetchPanel(const StoredPanel& panel) {
+    return panel ? FetchPart(panel, 0, panel.Bytes(), 1, 0) : Prefetch{};
   }
   // Fetches depth pairs [first, first + pairs) of `panels` panels, `stride` bytes
   // apart.
-  Prefetch FetchPairs(const BasePanel& panel, int strips, int first, int pairs,
-                      int panels, int64_t stride) const {
+  static Prefetch FetchPairs(const StoredPanel& panel, int first, int pairs,
+                             int panels = 1, int64_t stride = 0) {
+    return FetchPart(panel, panel.PairBytes(first), panel.PairBytes(pairs), panels,
+                     stride);
+  }
+  static Prefetch FetchPart(const StoredPanel& panel, int64_t offset, int64_t bytes,
+                            int panels, int64_t stride) {
     Prefetch prefetch;
-    prefetch.base = Start(panel) + panel.PairBytes(strips, first);
+    prefetch.base = panel.start() + offset;
     prefetch.stride = stride;
-    prefetch.chunk_bytes = RoundUp(panel.PairBytes(strips, pairs), 2048);
+    prefetch.chunk_bytes = RoundUp(bytes, 2048);
     prefetch.total_bytes = panels * prefetch.chunk_bytes;
+    return prefetch;
+  }
+  // Few rows go through a panel faster than it comes from memory, once, in the order in
+  // which it lies there. Lines that are asked for 4 KiB ahead of their use, and go to
+  // L1, then come faster than those that are to wait in L2 for the panel after this
+  // one: decoding a token of INT4 takes 0.43 instead of 0.48 ms.
+  static constexpr int kNearRows = 4;
+  static constexpr int64_t kNearBytes = 4096;
+  // Fetches depth pairs of a panel just ahead of their product, and after them the
+  // beginning of the next panel, if any.
+  static Prefetch FetchNear(const StoredPanel& panel, int64_t pairs,
+                            const StoredPanel& next) {
+    const int64_t bytes = panel.PairBytes(pairs), ahead = std::min(bytes, kNearBytes);
+    Prefetch prefetch;
+    prefetch.near = true;
+    prefetch.base = panel.start() + ahead;
+    prefetch.chunk_bytes = prefetch.total_bytes = bytes - ahead;
+    if (next) {
+      prefetch.more = next.start();
+      prefetch.more_bytes = ahead;
+    }
     return prefetch;
   }
   // Depth pairs [first, first + pairs) of a panel, pairs <= kChunkPairs: where they
@@ -252,9 +270,20 @@ void Products::Multiply(const Terms& terms, int rows, int strips,
 
 template <typename Touch, typename Epilogue>
 void Products::MultiplyBase(const BaseProduct& product, int rows,
-                            const Scratch& scratch, Prefetch prefetch, Touch touch,
+                            const Scratch& scratch, Touch touch,
                             Epilogue epilogue) const {
-  const auto& [operand, codes, panel, depth, strips, all_rows, lora] = product;
+  const auto& [operand, codes, stored, next, also, depth, strips, all_rows, lora] =
+      product;
+  const BasePanel panel = stored;
+  const bool once = codes || (panel.values && !exact());
+  const bool near = once && rows <= kNearRows;
+  Prefetch prefetch = near ? FetchNear(stored, depth / 2, next) : FetchPanel(next);
+  if (near) {
+    Fetch(also.data(), also.size());
+  } else {
+    prefetch.more = also.data();
+    prefetch.more_bytes = also.size();
+  }
   if (codes) {
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
@@ -272,7 +301,7 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
   }
   if (!panel.values && rows <= kernels_.max_rows && !exact()) {
     for (int row = 0; row < rows; ++row) touch(row);
-    if (!DotCodes(product, rows, scratch, prefetch)) {
+    if (!DotCodes(product, panel, rows, scratch, prefetch)) {
       // One tile of rows: what was decoded is used at once, from L1. (Rows in two parts
       // are summed one after the other over all depths, as they are in other tiles.)
       prefetch.Spread(depth);

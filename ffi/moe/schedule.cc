@@ -13,8 +13,11 @@ constexpr int kMinBlockRows = 32;
 // Streaming a panel from memory costs about as much as computing this many rows with
 // it.
 constexpr int64_t kPanelCostInRows = 16;
-// Output tasks are all alike, and each of them reads every row of the group.
+// Output tasks are all alike, and each of them reads every row of the group: the fewer
+// the better. Of few tokens that is nothing, and four a thread have equally many panels
+// more often: 32, of 2048 outputs, are eight times four, but six times five or six.
 constexpr int kOutputTasksPerThread = 3;
+constexpr int kSmallOutputTasksPerThread = 4;
 constexpr int kMinTokensPerTask = 64;
 
 }  // namespace
@@ -75,7 +78,8 @@ std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int pane
 }
 
 std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads) {
-  const int wanted = threads * kOutputTasksPerThread;
+  const int wanted = threads * (tokens < kMinTokensPerTask ? kSmallOutputTasksPerThread
+                                                           : kOutputTasksPerThread);
   const int columns = std::min(panels, wanted);
   const int64_t slices = std::clamp<int64_t>(
       wanted / columns, 1, std::max<int64_t>(1, tokens / kMinTokensPerTask));

@@ -83,6 +83,35 @@ std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads)
 // The rows of `expert` whose tokens are in [first, last).
 RowBlock RowsOfTokens(const Routing& routing, int expert, int first, int last);
 
+// What is left for a worker of a phase's tasks.
+template <typename Task>
+class TaskQueue {
+ public:
+  TaskQueue(TaskCounter& counter, std::span<const Task> tasks)
+      : counter_(counter), tasks_(tasks) {}
+
+  // This worker's next task, from now on; null when there is none. For its first
+  // operands to be fetched near the end of the task before, or of the phase before: too
+  // early a call takes work from those who have none.
+  const Task* Peek() {
+    if (!next_) {
+      const size_t i = counter_.Claim();
+      next_ = i < tasks_.size() ? &tasks_[i] : nullptr;
+    }
+    return *next_;
+  }
+  const Task* Take() {
+    const Task* task = Peek();
+    next_.reset();
+    return task;
+  }
+
+ private:
+  TaskCounter& counter_;
+  std::span<const Task> tasks_;
+  std::optional<const Task*> next_;
+};
+
 // Every phase of a job takes its tasks from a counter of its own.
 class Counters {
  public:
@@ -92,20 +121,9 @@ class Counters {
   void ForEach(int counter, int64_t tasks, F f) {
     for (int64_t i; (i = counters_[counter].Claim()) < tasks;) f(i);
   }
-  // Calls f(task, next) for them. Near the end of a task, next() takes this worker's
-  // next one, for its first operands to be fetched meanwhile; null where there is none.
-  // Too early a call takes work from those who have none.
-  template <typename Task, typename F>
-  void ForEachAhead(int counter, const std::vector<Task>& tasks, F f) {
-    const auto claim = [&]() -> const Task* {
-      const size_t i = counters_[counter].Claim();
-      return i < tasks.size() ? &tasks[i] : nullptr;
-    };
-    for (const Task* task = claim(); task;) {
-      std::optional<const Task*> ahead;
-      f(*task, [&] { return *(ahead = claim()); });
-      task = ahead ? *ahead : claim();
-    }
+  template <typename Task>
+  TaskQueue<Task> Queue(int counter, const std::vector<Task>& tasks) {
+    return {counters_[counter], tasks};
   }
 
  private:

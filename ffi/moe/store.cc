@@ -19,6 +19,11 @@ PlainMatrix Plain(const Encoding& encoding, const SourceMatrix& source, int expe
                    {name, expert, 0}, encoded);
 }
 
+BasePanelLayout GateUpLayout(const Encoding& gate, const Encoding& up, int depth) {
+  return gate == up ? BasePanelLayout(gate, kPanelStrips, depth)
+                    : BasePanelLayout(gate, up, kPanelStrips, depth);
+}
+
 // To be packed.
 uint8_t* Memory(const QuantPanel& panel) { return const_cast<uint8_t*>(panel.codes); }
 
@@ -30,7 +35,9 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     : BaseStore(std::move(backend), encoding),
       geometry_(geometry),
       up_encoding_(up_encoding),
-      down_encoding_(down_encoding) {
+      down_encoding_(down_encoding),
+      gate_up_layout_(GateUpLayout(encoding, up_encoding, geometry.hidden_padded())),
+      gate_up_stride_(gate_up_layout_.Stride()) {
   if (encoding != up_encoding &&
       (!encoding.spec().blocks || !up_encoding.spec().blocks)) {
     throw std::invalid_argument(
@@ -41,7 +48,6 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
   CheckDepth(encoding, geometry.hidden, "gate");
   CheckDepth(up_encoding, geometry.hidden, "up");
   CheckDepth(down_encoding, geometry.intermediate, "down");
-  gate_up_stride_ = PanelStride(GateUpAt(nullptr), geometry.hidden_padded());
   const int count = backend_->pool.config().subpool_count;
   const int padded = geometry_.intermediate_padded();
   // Rows of h are quantised in groups, which should be the same for any number of
@@ -61,9 +67,15 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
     const int begin = units * s / count * unit;
     const int end = std::min(units * (s + 1) / count * unit, padded);
     shards_.push_back({begin, end - begin});
-    down_strides_.push_back(PanelStride(
-        At(down_encoding_, nullptr, kPanelStrips, end - begin), end - begin));
-    memory_.emplace_back(geometry_.experts * BlockSize(s),
+    const int width = end - begin, panels = DownPanels();
+    const BasePanelLayout down(down_encoding, kPanelStrips, width);
+    const int64_t gate_up_bytes = width / kDepth * gate_up_stride_;
+    layouts_.push_back({down,
+                        {down_encoding, DownStrips(panels - 1), width},
+                        down.Stride(),
+                        gate_up_bytes,
+                        gate_up_bytes + panels * down.Stride()});
+    memory_.emplace_back(geometry_.experts * layouts_.back().expert_bytes,
                          backend_->pool.NumaNodeOf(s));
   }
 }
@@ -75,8 +87,9 @@ void ExpertStore::PackGateUpValues(const SourceWeights& source, int shard, int e
   const int depth = std::min<int>(width, geometry_.intermediate - begin);
 
   for (int column = 0; column < width; column += kStrip) {
-    bf16* panel = const_cast<bf16*>(GateUp(shard, expert, column / kDepth).values);
-    bf16* pair = panel + column % (2 * kStrip) / kStrip * (4 * kStrip);
+    const BasePanel panel = GateUp(shard, expert, column / kDepth);
+    bf16* pair =
+        const_cast<bf16*>(panel.values) + column % (2 * kStrip) / kStrip * (4 * kStrip);
     const int64_t row = expert * intermediate + begin + column;
     const int outputs = std::min(kStrip, depth - column);
     PackStrips(kernels, source.gate, hidden, row * hidden, outputs, geometry_.hidden, 1,
@@ -92,12 +105,12 @@ void ExpertStore::PackDownValues(const SourceWeights& source, int shard, int exp
   const int64_t hidden = geometry_.hidden, intermediate = geometry_.intermediate;
   const int depth = std::min<int>(width, geometry_.intermediate - begin);
   for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
+    const BasePanel down = Down(shard, expert, panel);
     const int strips = DownStrips(panel);
     const int64_t row = expert * hidden + panel * kPanel;
     PackStrips(kernels, source.down, intermediate, row * intermediate + begin,
                std::min(strips * kStrip, geometry_.hidden - panel * kPanel), depth,
-               strips, const_cast<bf16*>(Down(shard, expert, panel).values),
-               2 * kStrip * strips);
+               strips, const_cast<bf16*>(down.values), 2 * kStrip * strips);
   }
 }
 
@@ -135,11 +148,12 @@ void ExpertStore::PackDownCodes(const SourceWeights& source, int shard, int expe
   const PlainMatrix plain =
       Plain(down_encoding_, source.down, expert, hidden, intermediate, "down", encoded);
   for (int panel = 0; panel * kPanel < geometry_.hidden_padded(); ++panel) {
-    const PanelLayout down(down_encoding_, DownStrips(panel), width);
+    const PanelLayout layout(down_encoding_, DownStrips(panel), width);
+    const BasePanel down = Down(shard, expert, panel);
     for (int strip = 0; strip < DownStrips(panel); ++strip) {
       const int output = panel * kPanel + strip * kStrip;
-      PackStrip(down, plain, output, std::clamp(hidden - output, 0, kStrip), begin,
-                depth, strip, Memory(Down(shard, expert, panel).codes));
+      PackStrip(layout, plain, output, std::clamp(hidden - output, 0, kStrip), begin,
+                depth, strip, Memory(down.codes));
     }
   }
 }

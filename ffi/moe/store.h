@@ -102,39 +102,29 @@ class ExpertStore final : public BaseStore {
   }
   const std::vector<Shard>& shards() const { return shards_; }
 
-  BasePanel GateUp(int shard, int expert, int panel) const {
-    return GateUpAt(Block(shard, expert) + panel * gate_up_stride_);
+  StoredPanel GateUp(int shard, int expert, int panel) const {
+    return {&gate_up_layout_, Block(shard, expert) + panel * gate_up_stride_};
   }
-  BasePanel Down(int shard, int expert, int panel) const {
-    return At(down_encoding_,
-              Block(shard, expert) + GateUpSize(shard) + panel * DownStride(shard),
-              DownStrips(panel), shards_[shard].width);
+  StoredPanel Down(int shard, int expert, int panel) const {
+    const Layout& layout = layouts_[shard];
+    return {DownStrips(panel) == kPanelStrips ? &layout.down : &layout.last_down,
+            Block(shard, expert) + layout.gate_up_bytes + panel * layout.down_stride};
   }
   // Bytes between two panels of an expert.
   int64_t GateUpStride() const { return gate_up_stride_; }
-  int64_t DownStride(int shard) const { return down_strides_[shard]; }
+  int64_t DownStride(int shard) const { return layouts_[shard].down_stride; }
+  int DownPanels() const {
+    return static_cast<int>(CeilDiv(geometry_.hidden_padded(), kPanel));
+  }
   int DownStrips(int panel) const {
     const int left = geometry_.hidden_padded() / kStrip - panel * kPanelStrips;
     return left < kPanelStrips ? left : kPanelStrips;
   }
 
  private:
-  BasePanel GateUpAt(const uint8_t* memory) const {
-    const int depth = geometry_.hidden_padded();
-    return encoding_ == up_encoding_
-               ? At(encoding_, memory, kPanelStrips, depth)
-               : MixedAt(encoding_, up_encoding_, memory, kPanelStrips, depth);
-  }
-  int64_t GateUpSize(int shard) const {
-    return shards_[shard].width / kDepth * GateUpStride();
-  }
-  int64_t BlockSize(int shard) const {
-    return GateUpSize(shard) +
-           CeilDiv(geometry_.hidden_padded(), kPanel) * DownStride(shard);
-  }
   const uint8_t* Block(int shard, int expert) const {
     return static_cast<const uint8_t*>(memory_[shard].data()) +
-           expert * BlockSize(shard);
+           expert * layouts_[shard].expert_bytes;
   }
   void PackGateUpValues(const SourceWeights& source, int shard, int expert);
   void PackDownValues(const SourceWeights& source, int shard, int expert);
@@ -143,12 +133,22 @@ class ExpertStore final : public BaseStore {
   void PackDownCodes(const SourceWeights& source, int shard, int expert,
                      EncodedMatrix& encoded);
 
+  // Of a shard.
+  struct Layout {
+    BasePanelLayout down;
+    BasePanelLayout last_down;  // which may have fewer strips
+    int64_t down_stride;
+    int64_t gate_up_bytes;  // of an expert
+    int64_t expert_bytes;
+  };
+
   Geometry geometry_;
   Encoding up_encoding_;  // BaseStore's is that of gate
   Encoding down_encoding_;
-  int64_t gate_up_stride_ = 0;
+  BasePanelLayout gate_up_layout_;
+  int64_t gate_up_stride_;
   std::vector<Shard> shards_;
-  std::vector<int64_t> down_strides_;
+  std::vector<Layout> layouts_;  // by shard
   mutable std::mutex lora_mutex_;
   std::shared_ptr<const RegisteredLoRA> lora_;
 };

@@ -21,6 +21,11 @@ struct SplitPanel {
 // a' b', which is below float32's precision.
 class Terms {
  public:
+  // Most products have one term or two: only these are written and copied.
+  Terms() {}
+  Terms(const Terms& others) : count_(0) { Add(others); }
+  Terms& operator=(const Terms&) = delete;
+
   void Add(SplitRows a, SplitPanel b, int depth, int first_strip = 0,
            int strip_step = 1) {
     AddOne(a.high, a.stride, b.high, depth, first_strip, strip_step);

@@ -384,7 +384,9 @@ def _resume(
 ) -> _Point:
     saved = checkpoint.list_checkpoints(root)
     if not saved:
-        raise TrainingError(f"nothing to resume: there is no checkpoint in {root}")
+        raise TrainingError(
+            f"nothing to resume: there is no checkpoint in {root}; start without resume"
+        )
     step, path = saved[-1]
     meta = checkpoint.read_meta(path)
     now = {**config.trajectory(), **data}

@@ -262,5 +262,5 @@ def forward_registered(
     *,
     compute: Literal["bf16", "int8"] | None = None,
 ) -> np.ndarray:
-    """The result of `submit_forward_registered`."""
+    """The result of `submit_forward_registered`, whose arguments and errors it has."""
     return submit_forward_registered(store, x, ids, w, compute=compute).result()

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from ktjax.io.atomic import new_file
 from ktjax.io.safetensors import INDEX_NAME
 from ktjax.io.stream import Spec, save_stream
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from qwen3_moe import Sizes
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 GROUP = 32
 # Standard deviation of the weights, as Hugging Face initialises such models.
@@ -41,54 +45,36 @@ PIECE = 1 << 24
 Array = np.ndarray[Any, Any]
 
 
+QWEN3_30B_A3B = Sizes(
+    layers=48,
+    experts=128,
+    experts_per_token=8,
+    hidden=2048,
+    intermediate=768,
+    heads=32,
+    kv_heads=4,
+    head_dim=128,
+    vocab=151936,
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of a Qwen3-MoE; those of Qwen3-30B-A3B by default."""
+class Contents:
+    """What is in a checkpoint of these sizes, experts in format "int4" or "bf16"."""
 
-    layers: int = 48
-    experts: int = 128
-    experts_per_token: int = 8
-    hidden: int = 2048
-    intermediate: int = 768
-    heads: int = 32
-    kv_heads: int = 4
-    head_dim: int = 128
-    vocab: int = 151936
+    sizes: Sizes
+    format: str
 
-    def config(self, format: str) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """config.json."""
-        config: dict[str, Any] = {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            # Of dense layers, of which there are none.
-            "intermediate_size": 3 * self.hidden,
-            "moe_intermediate_size": self.intermediate,
-            "num_experts": self.experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "router_aux_loss_coef": 0.001,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": False,
-            "use_sliding_window": False,
-            "bos_token_id": None,
-            # The demo's tokenizer's.
-            "eos_token_id": 5,
-            "pad_token_id": 0,
-            "torch_dtype": "bfloat16",
-        }
-        if format == "int4":
+        config = self.sizes.config(
+            positions=40960,
+            theta=1e6,
+            eps=1e-6,
+            eos=5,  # the demo's tokenizer's
+            pad=0,
+        )
+        if self.format == "int4":
             config["quantization_config"] = {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
@@ -110,34 +96,40 @@ class Sizes:
 
     def matrices(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what is dense in a layer."""
+        sizes = self.sizes
         at = f"model.layers.{layer}"
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         return {
-            f"{at}.input_layernorm.weight": (self.hidden,),
-            f"{at}.post_attention_layernorm.weight": (self.hidden,),
-            f"{at}.self_attn.q_norm.weight": (self.head_dim,),
-            f"{at}.self_attn.k_norm.weight": (self.head_dim,),
-            f"{at}.self_attn.q_proj.weight": (queries, self.hidden),
-            f"{at}.self_attn.k_proj.weight": (keys, self.hidden),
-            f"{at}.self_attn.v_proj.weight": (keys, self.hidden),
-            f"{at}.self_attn.o_proj.weight": (self.hidden, queries),
-            f"{at}.mlp.gate.weight": (self.experts, self.hidden),
+            f"{at}.input_layernorm.weight": (sizes.hidden,),
+            f"{at}.post_attention_layernorm.weight": (sizes.hidden,),
+            f"{at}.self_attn.q_norm.weight": (sizes.head_dim,),
+            f"{at}.self_attn.k_norm.weight": (sizes.head_dim,),
+            f"{at}.self_attn.q_proj.weight": (queries, sizes.hidden),
+            f"{at}.self_attn.k_proj.weight": (keys, sizes.hidden),
+            f"{at}.self_attn.v_proj.weight": (keys, sizes.hidden),
+            f"{at}.self_attn.o_proj.weight": (sizes.hidden, queries),
+            f"{at}.mlp.gate.weight": (sizes.experts, sizes.hidden),
         }
 
     def around(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is no layer's."""
+        sizes = self.sizes
         return {
-            "model.embed_tokens.weight": (self.vocab, self.hidden),
-            "model.norm.weight": (self.hidden,),
-            "lm_head.weight": (self.vocab, self.hidden),
+            "model.embed_tokens.weight": (sizes.vocab, sizes.hidden),
+            "model.norm.weight": (sizes.hidden,),
+            "lm_head.weight": (sizes.vocab, sizes.hidden),
         }
 
     def expert_matrices(self, layer: int) -> dict[str, tuple[int, int]]:
         """Shapes of the experts' projections, named without `.weight`."""
-        wide, tall = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        sizes = self.sizes
+        wide, tall = (
+            (sizes.intermediate, sizes.hidden),
+            (sizes.hidden, sizes.intermediate),
+        )
         return {
             f"model.layers.{layer}.mlp.experts.{expert}.{name}": shape
-            for expert in range(self.experts)
+            for expert in range(sizes.experts)
             for name, shape in (
                 ("gate_proj", wide),
                 ("up_proj", wide),
@@ -145,14 +137,14 @@ class Sizes:
             )
         }
 
-    def specs(self, layer: int | None, format: str) -> dict[str, Spec]:
+    def specs(self, layer: int | None) -> dict[str, Spec]:
         """What is in the file of a layer, or in that of the rest (None)."""
         dense = self.around() if layer is None else self.matrices(layer)
         specs = {name: Spec(BF16, shape) for name, shape in dense.items()}
         if layer is None:
             return specs
         for at, (outputs, depth) in self.expert_matrices(layer).items():
-            if format == "bf16":
+            if self.format == "bf16":
                 specs[f"{at}.weight"] = Spec(BF16, (outputs, depth))
                 continue
             specs[f"{at}.weight_packed"] = Spec(
@@ -183,13 +175,12 @@ def pieces_of(
             yield ((spread - np.float32(0.5)) * np.float32(STD * 12**0.5)).astype(BF16)
 
 
-def write_shard(
-    path: Path, sizes: Sizes, layer: int | None, format: str, seed: int
-) -> None:
+def write_shard(path: Path, contents: Contents, layer: int | None, seed: int) -> None:
     """One file, complete or not there."""
-    rng = np.random.default_rng([seed, sizes.layers if layer is None else layer])
-    specs = sizes.specs(layer, format)
-    true_shapes = {} if layer is None else sizes.expert_matrices(layer)
+    number = contents.sizes.layers if layer is None else layer
+    rng = np.random.default_rng([seed, number])
+    specs = contents.specs(layer)
+    true_shapes = {} if layer is None else contents.expert_matrices(layer)
 
     def pieces(name: str) -> Iterator[Array]:
         return pieces_of(name, specs[name], true_shapes, rng)
@@ -197,7 +188,7 @@ def write_shard(
     save_stream(path, specs, pieces, {"format": "pt"})
 
 
-def write_checkpoint(out: Path, sizes: Sizes, format: str, seed: int) -> None:
+def write_checkpoint(out: Path, contents: Contents, seed: int) -> None:
     """All files; those that are there stay.
 
     Raises:
@@ -205,7 +196,7 @@ def write_checkpoint(out: Path, sizes: Sizes, format: str, seed: int) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     # The seed is no option of a model, but of what the shards hold.
-    config = json.dumps({**sizes.config(format), "seed": seed}, indent=2) + "\n"
+    config = json.dumps({**contents.config(), "seed": seed}, indent=2) + "\n"
     described = out / "config.json"
     if described.exists() and described.read_text() != config:
         raise SystemExit(
@@ -216,13 +207,13 @@ def write_checkpoint(out: Path, sizes: Sizes, format: str, seed: int) -> None:
         file.write(config.encode())
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(assets.demo_model() / name, out / name)
-    parts: list[int | None] = [None, *range(sizes.layers)]
+    parts: list[int | None] = [None, *range(contents.sizes.layers)]
     weight_map: dict[str, str] = {}
     for number, layer in enumerate(track(parts, description="writing layers"), 1):
         shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        weight_map |= dict.fromkeys(sizes.specs(layer, format), shard)
+        weight_map |= dict.fromkeys(contents.specs(layer), shard)
         if not (out / shard).exists():
-            write_shard(out / shard, sizes, layer, format, seed)
+            write_shard(out / shard, contents, layer, seed)
     total = sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     # Last: a directory with an index is whole.
@@ -240,7 +231,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for field in dataclasses.fields(Sizes):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=int, default=field.default
+            f"--{field.name.replace('_', '-')}",
+            type=int,
+            default=getattr(QWEN3_30B_A3B, field.name),
         )
     options = parser.parse_args()
     sizes = Sizes(
@@ -248,7 +241,7 @@ def main() -> None:
     )
     if sizes.hidden % GROUP or sizes.intermediate % GROUP:
         parser.error(f"--hidden and --intermediate must be multiples of {GROUP}")
-    write_checkpoint(options.out, sizes, options.format, options.seed)
+    write_checkpoint(options.out, Contents(sizes, options.format), options.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ pure-JAX forward with full-parameter training; a test holds its logits against
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import random
@@ -29,6 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_demo_data import BASE_TASKS, LONGEST, held_out, make_word
+from qwen3_moe import Sizes
 
 Params = dict[str, Any]
 
@@ -45,55 +45,21 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The geometry of the model; hidden % 64 == 0 and intermediate % 32 == 0."""
-
-    vocab: int = 128
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    experts: int = 8
-    top_k: int = 2
-    intermediate: int = 64
-    rope_theta: float = 10_000.0
-    eps: float = 1e-6
-
-    def config(self, eos: int | None, pad: int | None) -> dict[str, object]:
-        """The Hugging Face config.json."""
-        return {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": 2 * self.hidden,
-            "moe_intermediate_size": self.intermediate,
-            "num_experts": self.experts,
-            "num_experts_per_tok": self.top_k,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "router_aux_loss_coef": 0.001,
-            "output_router_logits": False,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": self.eps,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": False,
-            "use_sliding_window": False,
-            "bos_token_id": None,
-            "eos_token_id": eos,
-            "pad_token_id": pad,
-            "torch_dtype": "bfloat16",
-        }
+# hidden % 64 == 0 and intermediate % 32 == 0.
+SIZES = Sizes(
+    layers=3,
+    experts=8,
+    experts_per_token=2,
+    hidden=128,
+    intermediate=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    vocab=128,
+)
+POSITIONS = 512
+ROPE_THETA = 10_000.0
+EPS = 1e-6
 
 
 def make_tokenizer() -> Tokenizer:
@@ -108,7 +74,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def init_params(shape: Shape, key: jax.Array) -> Params:
+def init_params(shape: Sizes, key: jax.Array) -> Params:
     """Float32 parameters; a layer is a dict, the experts are stacked."""
     keys = iter(jax.random.split(key, 2 + 8 * shape.layers))
     h, i, e, d = shape.hidden, shape.intermediate, shape.experts, shape.head_dim
@@ -155,21 +121,21 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
 
 
-def attention(shape: Shape, p: Params, x: jax.Array) -> jax.Array:
+def attention(shape: Sizes, p: Params, x: jax.Array) -> jax.Array:
     """Causal grouped-query attention with QK-norm: `[batch, sequence, hidden]`."""
     split = (*x.shape[:2], -1, shape.head_dim)
-    q = rms_norm((x @ p["q"].T).reshape(split), p["q_norm"], shape.eps)
-    k = rms_norm((x @ p["k"].T).reshape(split), p["k_norm"], shape.eps)
+    q = rms_norm((x @ p["q"].T).reshape(split), p["q_norm"], EPS)
+    k = rms_norm((x @ p["k"].T).reshape(split), p["k_norm"], EPS)
     v = (x @ p["v"].T).reshape(split)
-    q, k = rotate(q, shape.rope_theta), rotate(k, shape.rope_theta)
+    q, k = rotate(q, ROPE_THETA), rotate(k, ROPE_THETA)
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     return out.reshape(*x.shape[:2], -1) @ p["o"].T
 
 
-def experts(shape: Shape, p: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def experts(shape: Sizes, p: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """All experts on all tokens, then the routed mixture; also the balance loss."""
     probabilities = jax.nn.softmax(x @ p["router"].T, -1)
-    top, ids = jax.lax.top_k(probabilities, shape.top_k)
+    top, ids = jax.lax.top_k(probabilities, shape.experts_per_token)
     chosen = jax.nn.one_hot(ids, shape.experts)
     weights = jnp.einsum("bsk,bske->bse", top / top.sum(-1, keepdims=True), chosen)
     gate = jnp.einsum("bsh,eih->bsei", x, p["gate"])
@@ -181,15 +147,15 @@ def experts(shape: Shape, p: Params, x: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def forward(
-    shape: Shape, params: Params, ids: jax.Array
+    shape: Sizes, params: Params, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Logits `[batch, sequence, vocab]` of `ids`, and the mean balance loss."""
     x, balance = params["embed"][ids], jnp.zeros(())
     for p in params["layers"]:
-        x = x + attention(shape, p, rms_norm(x, p["norm1"], shape.eps))
-        out, layer_balance = experts(shape, p, rms_norm(x, p["norm2"], shape.eps))
+        x = x + attention(shape, p, rms_norm(x, p["norm1"], EPS))
+        out, layer_balance = experts(shape, p, rms_norm(x, p["norm2"], EPS))
         x, balance = x + out, balance + layer_balance / shape.layers
-    return rms_norm(x, params["norm"], shape.eps) @ params["head"].T, balance
+    return rms_norm(x, params["norm"], EPS) @ params["head"].T, balance
 
 
 def make_batch(
@@ -210,7 +176,7 @@ def make_batch(
     return ids, mask
 
 
-def make_step(shape: Shape, optimizer: optax.GradientTransformation) -> Any:
+def make_step(shape: Sizes, optimizer: optax.GradientTransformation) -> Any:
     """The jitted update: (params, state, ids, mask) -> (params, state, loss)."""
 
     def loss_fn(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -228,7 +194,7 @@ def make_step(shape: Shape, optimizer: optax.GradientTransformation) -> Any:
     return step
 
 
-def train(shape: Shape, tokenizer: Tokenizer, args: argparse.Namespace) -> Params:
+def train(shape: Sizes, tokenizer: Tokenizer, args: argparse.Namespace) -> Params:
     """Train from scratch; prints the loss every 100 steps."""
     schedule = optax.warmup_cosine_decay_schedule(0, args.rate, 100, args.steps)
     optimizer = optax.chain(
@@ -274,7 +240,7 @@ def to_tensors(params: Params) -> dict[str, np.ndarray]:
     }
 
 
-def save_model(shape: Shape, params: Params, tokenizer: Tokenizer, out: Path) -> None:
+def save_model(shape: Sizes, params: Params, tokenizer: Tokenizer, out: Path) -> None:
     """Write the configuration, the weights, and the tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     eos, pad = tokenizer.token_to_id("<|end|>"), tokenizer.token_to_id("<pad>")
@@ -282,14 +248,16 @@ def save_model(shape: Shape, params: Params, tokenizer: Tokenizer, out: Path) ->
     (out / "model.safetensors").write_bytes(weights)
     tokenizer.save(str(out / "tokenizer.json"))
     documents = {
-        "config.json": shape.config(eos, pad),
+        "config.json": shape.config(
+            positions=POSITIONS, theta=ROPE_THETA, eps=EPS, eos=eos, pad=pad
+        ),
         "generation_config.json": {"eos_token_id": eos, "pad_token_id": pad},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|end|>",
             "pad_token": "<pad>",
             "unk_token": "<unk>",
-            "model_max_length": 512,
+            "model_max_length": POSITIONS,
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         },
@@ -298,7 +266,7 @@ def save_model(shape: Shape, params: Params, tokenizer: Tokenizer, out: Path) ->
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def accuracy(shape: Shape, params: Params, tokenizer: Tokenizer) -> float:
+def accuracy(shape: Sizes, params: Params, tokenizer: Tokenizer) -> float:
     """Share of held-out style chats whose every answer token is the most likely one."""
     length = len("double: ") + 3 * LONGEST + 4
     ids, mask = make_batch(random.Random(-1), tokenizer, 256, length)
@@ -316,7 +284,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shape, tokenizer = Shape(), make_tokenizer()
+    shape, tokenizer = SIZES, make_tokenizer()
     params = train(shape, tokenizer, args)
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
     match = accuracy(shape, rounded, tokenizer)

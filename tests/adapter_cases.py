@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from ktjax.io import Adapter, save_file
+from ktjax.io.safetensors import SafetensorsFile
 from ktjax.lora import LinearLoRA, LoRA
 
 EXPERTS, HIDDEN, WIDTH, RANK = 3, 8, 6, 2
@@ -85,3 +86,44 @@ def peft_delta(a, b, experts, scaling, transposed):
     b = np.float64(b).reshape(b.shape[0], -1, experts)
     order = "e i o" if transposed else "e o i"
     return scaling * np.einsum(f"o r e, e r i -> {order}", b, a)
+
+
+def tensors_of(path):
+    """The tensors of an adapter's file by name."""
+    file = SafetensorsFile(path / "adapter_model.safetensors")
+    return {name: file[name] for name in file.entries}
+
+
+def config_of(path):
+    """Its adapter_config.json."""
+    return json.loads((path / "adapter_config.json").read_text())
+
+
+def write_fused(path, *, gate_up_rank, down_rank, transposed, seed=0, **config):
+    """As PEFT saves a trained `target_parameters` adapter; returns its deltas."""
+    rng = np.random.default_rng(seed)
+    tensors, want = {}, {}
+    for layer in (1, 4):
+        at, added = f"{PREFIX}.{layer}.mlp.experts", []
+        for where, rank, inputs, outputs in (
+            ("base_layer.", gate_up_rank, HIDDEN, 2 * WIDTH),
+            ("", down_rank, WIDTH, HIDDEN),
+        ):
+            if transposed:
+                inputs, outputs = outputs, inputs
+            a = rng.normal(size=(rank * EXPERTS, inputs)).astype(np.float32)
+            b = rng.normal(size=(outputs, rank * EXPERTS)).astype(np.float32)
+            tensors[f"{at}.{where}lora_A.weight"] = a
+            tensors[f"{at}.{where}lora_B.weight"] = b
+            added.append(peft_delta(a, b, EXPERTS, 2.5, transposed))
+        want[layer] = [added[0][:, :WIDTH], added[0][:, WIDTH:], added[1]]
+    write_config(
+        path,
+        r=down_rank,
+        lora_alpha=2.5 * down_rank,
+        rank_pattern={r".*\.gate_up_proj": gate_up_rank},
+        alpha_pattern={r".*\.gate_up_proj": 2.5 * gate_up_rank},
+        **config,
+    )
+    write_tensors(path, tensors)
+    return want

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from ktjax import backend
@@ -12,6 +13,14 @@ from ktjax.config import PoolConfig
 
 # Every path this CPU can run, and the AMX code on emulated tiles.
 ISAS = [*backend.describe()["isas_supported"], "amx_emulated"]
+
+
+@pytest.fixture(scope="session")
+def ids() -> np.ndarray:
+    """Tokens `[2, 24]` for the models of `models_checkpoint`."""
+    from models_checkpoint import token_ids  # skips where there is no transformers
+
+    return token_ids()
 
 
 @pytest.fixture

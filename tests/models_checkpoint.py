@@ -1,5 +1,6 @@
 """Small random checkpoints of every family written by transformers, for the tests."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -80,6 +81,12 @@ FAMILIES = {
         "use_qk_norm": True,
     },
 }
+# The other way of each of GLM's options.
+GLM4_MOE_PLAIN = {
+    "use_qk_norm": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+}
 _CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "qwen2_moe": "Qwen2Moe",
@@ -120,6 +127,11 @@ def make_model(dtype="float32", seed=0, family="qwen3_moe", **changes):
 def save(model, path, **kwargs):
     model.save_pretrained(path, **kwargs)
     return path
+
+
+def token_ids(shape=(2, 24)):
+    """Random tokens of a small vocabulary, none of them special."""
+    return np.random.default_rng(0).integers(2, SIZES["vocab_size"], shape)
 
 
 def torch_logits(model, ids):

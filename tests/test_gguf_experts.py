@@ -11,23 +11,18 @@ import pytest
 from gguf_cases import BLOCKS, Tensor, tensor, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import make, reference, tokens
-from wrapper_support import arguments, assert_close, check_training
+from inference_support import Sizes, make, reference, tokens
+from wrapper_support import assert_close, check_training
 
 from benchmarks.blocks import random_blocks
 from ktjax import quant
-from ktjax.experts import KTMoEWrapper
 from ktjax.experts_load import make_store
 from ktjax.io import CheckpointError, GGUFCheckpoint, read_gguf_experts, save_file
 from ktjax.quant import Quantized
 
-EXPERTS, HIDDEN, INNER = 4, 256, 512
-SIZES = {
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 3,
-    "hidden_size": HIDDEN,
-    "moe_intermediate_size": INNER,
-}
+LAYER = Sizes(4, 3, 256, 512)
+EXPERTS, _, HIDDEN, INNER = LAYER
+loaded, inputs = LAYER.load, LAYER.tokens
 SHAPES = {
     "gate": (EXPERTS, INNER, HIDDEN),
     "up": (EXPERTS, INNER, HIDDEN),
@@ -182,24 +177,8 @@ def test_files_that_do_not_fit(tmp_path):
         read(changed(tmp_path), [4, 0, 0, 0])
 
 
-def loaded(path, method, order=None, **changes):
-    mode = "sft" if method.endswith("_SFT") else "inference"
-    given = {**SIZES, "method": method, "mode": mode, "weight_path": str(path)}
-    wrapper = KTMoEWrapper(**arguments(**{**given, **changes}))
-    wrapper.load_weights(order)
-    return wrapper
-
-
 def store_of(wrapper):
     return wrapper._loaded().store
-
-
-def inputs(count=9, dtype=ml_dtypes.bfloat16):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((count, HIDDEN)).astype(ml_dtypes.bfloat16).astype(dtype)
-    ids = rng.random((count, EXPERTS)).argsort(-1)[:, :3].astype(np.int32)
-    ids[-1, -1] = -1
-    return x, ids, rng.uniform(0.2, 1.0, ids.shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("layout", ["merged", "split"])
@@ -295,7 +274,7 @@ def test_refusals(tmp_path):
         loaded(path, "LLAMAFILE", layer_idx=3)
     with pytest.raises(ValueError, match=r"LLAMAFILE: compute: .int8. needs"):
         loaded(path, "LLAMAFILE", compute="int8")
-    wrapper = make("LLAMAFILE", weights=False, **SIZES)
+    wrapper = make("LLAMAFILE", weights=False, **LAYER.arguments())
     blocks = [Quantized(matrix(name, "q4_k")) for name in SHAPES]
     with pytest.raises(ValueError, match="do not say which format"):
         wrapper.load_weights_from_arrays(*blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
@@ -12,7 +13,15 @@ pytest.importorskip("transformers")
 
 import transformers
 from gguf_models import save_values, write_gguf_model
-from models_checkpoint import FAMILIES, SIZES, make_model, save, torch, torch_logits
+from models_checkpoint import (
+    FAMILIES,
+    GLM4_MOE_PLAIN,
+    SIZES,
+    make_model,
+    save,
+    torch,
+    torch_logits,
+)
 
 from ktjax.io import CheckpointError
 from ktjax.models import ConfigError, ModelConfig, from_pretrained, generate_batch
@@ -46,16 +55,8 @@ VARIANTS = {
         },
     ),
     "mixtral wide heads": ("mixtral", {"head_dim": 32}),
-    "glm4_moe plain": (
-        "glm4_moe",
-        {"use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25},
-    ),
+    "glm4_moe plain": ("glm4_moe", GLM4_MOE_PLAIN),
 }
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(0).integers(2, VOCAB, (2, 24))
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,6 @@ def logits(path, ids, **options):
         return np.asarray(nnx.jit(lambda m, i: m(i))(model, jnp.asarray(ids)))
     finally:
         model.close()
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -12,23 +12,18 @@ from checkpoint_formats import NAMES
 from gptq_cases import AWQ, GPTQ, Matrix, layer, tensors_of, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import make, reference, tokens
-from wrapper_support import arguments, assert_close, check_training
+from inference_support import Sizes, make, reference, tokens
+from wrapper_support import assert_close, check_training
 
 import ktjax
 from ktjax import assets
-from ktjax.experts import KTMoEWrapper
 from ktjax.io import Checkpoint, CheckpointError, read_experts
 from ktjax.io.stored import read_dense
 from ktjax.quant import Encoding, Quantized
 
-EXPERTS, HIDDEN, INNER = 3, 128, 256
-SIZES = {
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "hidden_size": HIDDEN,
-    "moe_intermediate_size": INNER,
-}
+LAYER = Sizes(3, 2, 128, 256)
+EXPERTS = LAYER.experts
+loaded, inputs = LAYER.load, LAYER.tokens
 GROUPS = Encoding.of("int4_kgroup", 32, True)
 AT = "model.layers.0.mlp.experts"
 
@@ -261,22 +256,6 @@ def test_any_bytes_are_numbers_or_an_error(tmp_path_factory, which, at, value):
     with store:
         for got, want in zip(store.dequantize(), weights.dequantize(), strict=True):
             np.testing.assert_array_equal(got, want.astype(np.float32))
-
-
-def loaded(path, method, order=None, **changes):
-    mode = "sft" if method.endswith("_SFT") else "inference"
-    given = {**SIZES, "method": method, "mode": mode, "weight_path": str(path)}
-    wrapper = KTMoEWrapper(**arguments(**{**given, **changes}))
-    wrapper.load_weights(order)
-    return wrapper
-
-
-def inputs(count=9):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((count, HIDDEN)).astype(ml_dtypes.bfloat16)
-    ids = rng.random((count, EXPERTS)).argsort(-1)[:, :2].astype(np.int32)
-    ids[-1, -1] = -1
-    return x, ids, rng.uniform(0.2, 1.0, ids.shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("pack", [Matrix.gptq, Matrix.awq])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
@@ -32,11 +33,6 @@ def path(theirs, tmp_path_factory):
     return save(theirs, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(0).integers(2, SIZES["vocab_size"], (2, 24))
-
-
 def load(path, **kwargs):
     kwargs = {"dtype": jnp.float32, **kwargs}
     return from_pretrained(path, **kwargs)
@@ -49,10 +45,6 @@ def ours(path):
 
 def run(model, ids, **kwargs):
     return np.asarray(nnx.jit(lambda m, i: m(i, **kwargs))(model, jnp.asarray(ids)))
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 VARIANTS = {

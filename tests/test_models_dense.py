@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
@@ -31,10 +32,6 @@ def load(path, **kwargs):
 
 def logits(model):
     return np.asarray(nnx.jit(lambda m, i: m(i))(model, jnp.asarray(IDS)))
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def stored(model):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
@@ -16,6 +17,7 @@ pytest.importorskip("transformers")
 
 from models_checkpoint import (
     FAMILIES,
+    GLM4_MOE_PLAIN,
     SIZES,
     make_model,
     save,
@@ -61,16 +63,8 @@ VARIANTS = {
         "deepseek_v3",
         {"rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
     ),
-    "glm4_moe plain": (
-        "glm4_moe",
-        {"use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25},
-    ),
+    "glm4_moe plain": ("glm4_moe", GLM4_MOE_PLAIN),
 }
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(0).integers(2, VOCAB, (2, 24))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -95,10 +89,6 @@ def forward(model, ids, segments):
 def run(model, ids, segments=None):
     segments = np.ones_like(ids) if segments is None else segments
     return np.asarray(forward(model, jnp.asarray(ids), jnp.asarray(segments))[0])
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

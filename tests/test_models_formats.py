@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_formats import tensors_of
+from closeness import relative
 from flax import nnx
 from quant_cases import ENCODINGS, encode, encoding_id, options
 from rich.console import Console
@@ -31,10 +32,6 @@ def load(path, **kwargs):
 
 def logits(model):
     return np.asarray(nnx.jit(lambda m, ids: m(ids))(model, IDS))
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def stores(model):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 from linear_cases import Case, make_inputs
 
@@ -14,9 +17,9 @@ from ktjax import assets
 from ktjax.config import LoRAConfig
 from ktjax.io import Adapter, AdapterError
 from ktjax.lora import LinearLoRA
-from ktjax.models import apply_adapter, extract_adapter, from_pretrained
+from ktjax.models import apply_adapter, decoder, extract_adapter, from_pretrained
 from ktjax.models.targets import adapted
-from ktjax.nn import AdaptedLinear, FrozenLinear
+from ktjax.nn import AdaptedLinear, FrozenLinear, token_losses
 from ktjax.nn.dense import linear
 from ktjax.ops.dropout import keep
 
@@ -58,11 +61,6 @@ def loss(model):
 def gradients(model):
     of_adapters = nnx.DiffState(0, nnx.LoRAParam)
     return jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=of_adapters))(model))
-
-
-def relative(got, want):
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -188,8 +186,36 @@ def test_dropout_is_the_same_in_stores_and_recomputations():
     assert abs(loss(theirs) - loss_of_all) > 1e-4
     assert extract_adapter(ours).lora_config().dropout == 0
     ours.close()
-    with pytest.raises(ValueError, match="dropout of lm_head is not built: logits are"):
-        load(lora=LoRAConfig(targets=("lm_head",), dropout=0.1))
+
+
+@pytest.mark.parametrize("dense", ["bf16", "xla"])
+def test_dropout_of_the_head_is_that_of_whole_logits(dense, monkeypatch):
+    """In chunks of five of 22 tokens, whose logits the backward computes again."""
+    lora = LoRAConfig(4, 8.0, targets=("lm_head",), dropout=0.25)
+    model, twin = (fill(load(lora=lora, dense=dense)) for _ in range(2))
+    vocab = model.config.vocab_size
+    in_chunks = functools.partial(token_losses, chunk_values=5 * vocab)
+    monkeypatch.setattr(decoder, "token_losses", in_chunks)
+    of_adapters = nnx.DiffState(0, nnx.LoRAParam)
+    got = nnx.jit(nnx.value_and_grad(loss, argnums=of_adapters))(model)
+
+    seed = twin.head.draw_seed()  # the one that `model` has drawn
+    hidden = twin.forward(jnp.asarray(IDS[:, :-1])).hidden.reshape(22, -1)
+    seen = jnp.where(keep(seed, *hidden.shape, "x", 0.25), hidden, 0) / 0.75
+    kernel = load(dense="xla").head.kernel[...]
+
+    def of_whole(adapters):
+        logits = hidden @ kernel + 2 * seen @ adapters.a.T @ adapters.b.T
+        chosen = jnp.take_along_axis(logits, IDS[:, 1:].reshape(22, 1), axis=-1)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen[:, 0])
+
+    want = jax.value_and_grad(of_whole)(twin.head.lora)
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative(mine, other) <= 2e-3
+    again = nnx.jit(loss)(model)
+    assert abs(again - got[0]) > 1e-4  # another mask
+    model.close()
+    twin.close()
 
 
 def test_adapters_into_a_model_with_others():

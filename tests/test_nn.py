@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import relative
 from flax import linen, nnx
 from flax.nnx import bridge
 
@@ -86,11 +87,6 @@ def make_experts(source, rank=RANK, dropout=0.0):
     if isinstance(source, tuple):
         return ReferenceExperts(*source, **kwargs)
     return RoutedExperts(source, **kwargs)
-
-
-def relative(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 # The kernels' contract: relative L2 against the float32 reference, for any pass.

@@ -2,11 +2,11 @@
 
 import json
 import math
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 import peft
 import transformers
 from adapter_cases import make_lora
-from models_checkpoint import SIZES, make_model, save, torch, torch_logits
+from models_checkpoint import make_model, save, torch, torch_logits
+from peft_cases import load_peft, load_torch, train_a_little, writes_for_peft
 
 from ktjax.io import (
     Adapter,
@@ -28,12 +29,6 @@ from ktjax.io.adapters import Strength
 from ktjax.io.adapters.names import FAMILIES
 from ktjax.lora import LoRA
 from ktjax.models import apply_adapter, from_pretrained
-
-# Before 0.19.1, PEFT loads neither layout into transformers 5's models.
-writes_for_peft = pytest.mark.skipif(
-    tuple(map(int, peft.__version__.split(".")[:3])) < (0, 19, 1),
-    reason=f"peft {peft.__version__} has other layouts",
-)
 
 EXPERTS, HIDDEN, WIDTH, RANK = 6, 64, 32, 3
 TOLERANCE = 1e-4
@@ -78,11 +73,6 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(0).integers(2, SIZES["vocab_size"], (2, 24))
-
-
-@pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return save(make_model(), tmp_path_factory.mktemp("model"))
 
@@ -96,18 +86,6 @@ def make_adapter(base_model, layers=(0, 1), alpha=4.5):
     return Adapter(RANK, alpha, loras, str(base_model))
 
 
-def load_torch(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
-
-
-def load_peft(path, adapter):
-    """The model with the adapter, and without PEFT finding anything missing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(load_torch(path), adapter).eval()
-
-
 def our_logits(path, adapter, ids):
     model = from_pretrained(path, dtype=jnp.float32, lora=adapter.lora_config())
     try:
@@ -115,10 +93,6 @@ def our_logits(path, adapter, ids):
         return np.asarray(model(jnp.asarray(ids)))
     finally:
         model.close()
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @writes_for_peft
@@ -151,16 +125,6 @@ def test_peft_computes_layers_with_a_strength_of_their_own(path, ids, tmp_path):
     assert relative(our_logits(path, one, ids), want) > 0.1
     got = torch_logits(load_peft(path, tmp_path / "adapter"), ids)
     assert relative(got, want) <= TOLERANCE
-
-
-def train_a_little(model):
-    """Give every adapter values as if it had been trained."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2, generator=generator)
-    return model.eval()
 
 
 MADE_BY_PEFT = {

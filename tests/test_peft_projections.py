@@ -1,11 +1,11 @@
 """Adapters beyond the routed experts against PEFT and transformers, float32."""
 
 import json
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
@@ -13,18 +13,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
-import transformers
-from models_checkpoint import make_model, save, torch, torch_logits
+from models_checkpoint import make_model, save, torch_logits
+from peft_cases import load_peft, load_torch, train_a_little, writes_for_peft
 
 from ktjax.config import LoRAConfig
 from ktjax.io import merge_checkpoint, read_adapter, write_adapter
 from ktjax.io.adapters import inspect_adapter
 from ktjax.models import apply_adapter, extract_adapter, from_pretrained
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, peft.__version__.split(".")[:3])) < (0, 19, 1),
-    reason=f"peft {peft.__version__} has other layouts",
-)
+pytestmark = writes_for_peft
 
 TOLERANCE = 1e-4
 IDS = np.random.default_rng(0).integers(2, 101, (2, 24))
@@ -51,18 +48,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def base(family, tmp_path_factory):
     return save(make_model(family=family), tmp_path_factory.mktemp(family))
-
-
-def load_torch(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
-
-
-def load_peft(path, adapter):
-    """The model with the adapter, and without PEFT finding anything missing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(load_torch(path), adapter).eval()
 
 
 def fill(model):
@@ -102,10 +87,6 @@ def our_logits(path, adapter, **kwargs):
         return logits(model)
     finally:
         model.close()
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("layout", [None, "peft-fused"])
@@ -158,13 +139,8 @@ def test_adapters_made_by_peft(family, base, tmp_path):
         target_parameters=parameters,
         rank_pattern={"o_proj": 2, r"shared_experts?\.up_proj.weight": 3},
     )
-    model = peft.get_peft_model(load_torch(base), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.15, generator=generator)
-    model.eval().save_pretrained(tmp_path, save_embedding_layers=False)
+    model = train_a_little(peft.get_peft_model(load_torch(base), config), 0.15)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
     adapter = read_adapter(tmp_path)
     assert adapter.projections
     kinds = inspect_adapter(tmp_path).targets

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-import warnings
 from typing import NamedTuple
 
 import jax
@@ -26,16 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import relative
 from flax import nnx
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import peft
-import transformers
 from adapter_cases import make_lora
 from models_checkpoint import FAMILIES, SIZES, make_model, save, torch
+from peft_cases import load_peft, writes_for_peft
 from train_standin import make_config
 
 from ktjax.io import Adapter, read_adapter, write_adapter
@@ -51,10 +50,7 @@ from ktjax.train.step import (
     split_model,
 )
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, peft.__version__.split(".")[:3])) < (0, 19, 1),
-    reason=f"peft {peft.__version__} loads neither layout into transformers 5's models",
-)
+pytestmark = writes_for_peft
 
 RANK, ALPHA, STEPS = 4, 6.0, 20
 VOCAB = SIZES["vocab_size"]
@@ -133,10 +129,7 @@ def ours(path, adapter, config, **options) -> Side:
 
 def theirs(path, adapter, config) -> Side:
     """torch and PEFT: a text a row, transformers' loss, torch's AdamW and clip."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    model = load_peft(path, adapter, is_trainable=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -195,10 +188,6 @@ def _saved(model, values):
         for name, value in own.items():
             parameters[name].copy_(value)
         return read_adapter(folder).layers
-
-
-def relative(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def differences(got, want):

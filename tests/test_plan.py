@@ -17,10 +17,12 @@ from train_standin import make_config
 from ktjax import assets, cli
 from ktjax.commands import PlanConfig, run_plan
 from ktjax.models import ModelConfig, from_pretrained
+from ktjax.models.targets import experts_name
 from ktjax.nn import FrozenLinear
 from ktjax.store_linear import LinearGeometry
 from ktjax.train import plan, plan_program, plan_time, split_model
 from ktjax.train.optimizer import make_optimizer
+from ktjax.train.plan_adapters import layer_adapters
 from ktjax.train.step import init_state
 
 DEMO = assets.demo_model()
@@ -50,6 +52,7 @@ def linear_stores(model):
         ("bf16", None, "experts"),
         ("int4", "int8", "experts,q_proj,lm_head"),
         ("int8", "xla", "experts,.*self_attn.*_proj"),
+        ("int8", None, r"layers\.[12]\.mlp\.experts,layers.0.self_attn.v_proj"),
     ],
 )
 def test_parts_are_what_a_loaded_model_has(experts, dense, targets, monkeypatch):
@@ -119,12 +122,20 @@ def test_a_step_of_another_size_follows_from_small_ones(shape, options):
     assert planned(larger) == pytest.approx(actual, rel=0.15)
 
 
+def test_layers_below_the_lowest_with_adapters_keep_nothing():
+    """XLA's figure: six layers of which three are trained are like three."""
+    three = plan_program.compiled_bytes(geometry(num_hidden_layers=3), config())
+    upper = config(targets=r"layers\.[345]\.mlp\.experts")
+    six = plan_program.compiled_bytes(geometry(num_hidden_layers=6), upper)
+    assert six == pytest.approx(three, rel=0.01)
+
+
 def step_model(**changes):
     fields = {
         "layers": 4,
         "kept": (1000.0, 2.0),
         "low_rank": 96.0,
-        "keeps_low_rank": True,
+        "low_rank_layers": 4,
         "temporary": (5000.0, 40.0, 0.5),
         "logit": 900.0,
         "vocabulary": 128,
@@ -134,13 +145,53 @@ def step_model(**changes):
     return plan.StepModel(**{**fields, **changes})
 
 
+def test_small_models_have_the_adapters_of_the_layer_with_most():
+    model = geometry(
+        num_hidden_layers=5, dense_layers=(0,), intermediate_size=96, model_type="x"
+    )
+    targets = r"layers\.[23]\.mlp\.experts,layers\.[1-3]\..*v_proj,layers.0.mlp.up_proj"
+    options = config(targets=targets, rank_pattern={r"layers\.3\..*experts": 8})
+    found = layer_adapters(model, options)
+    assert (found.depth, found.with_experts) == (5, 2)
+    hidden, width, experts = 128, model.moe_intermediate_size, model.num_experts
+    at_experts = 4 * experts * 3 * (hidden + width)
+    values = model.attention.num_key_value_heads * model.attention.head_dim
+    at_values = 4 * 4 * (hidden + values)
+    assert found.largest == 8 * at_experts + at_values
+    dense = 4 * 4 * (hidden + 96)
+    assert found.total == 12 * at_experts + 3 * at_values + dense
+    lora = found.config.lora
+    for layer in range(3):
+        assert lora.of_module(experts_name(layer)).rank == 8
+        assert lora.adapts(f"model.layers.{layer}.self_attn.v_proj")
+        assert not lora.adapts(f"model.layers.{layer}.self_attn.q_proj")
+    assert not lora.adapts("lm_head")
+
+
 @pytest.mark.parametrize(
-    "targets", ["layers.0.mlp.gate_proj", r"layers\.2\.mlp\.experts"]
+    ("targets", "depth", "of_experts"),
+    [
+        ("lm_head", 0, False),
+        ("layers.0.mlp.gate_proj", 3, False),  # a dense layer's
+        (r"layers\.2\.mlp\.experts", 1, True),
+    ],
 )
-def test_adapters_on_some_layers_alone_are_not_planned(targets):
+def test_whatever_can_be_trained_can_be_planned(targets, depth, of_experts):
+    """The small programs have something to train, though layer 0 has nothing."""
     model = geometry(dense_layers=(0,), intermediate_size=96)
-    with pytest.raises(ValueError, match=r"'layers.* name nothing in layer 0"):
-        plan.fit_step(model, config(targets=targets))
+    seen = []
+
+    def compiled(small, options):
+        abstract = plan_program.abstract(small, options)  # or nothing is trained
+        seen.append(options.lora.adapts(experts_name(0)))
+        return plan_program.tree_bytes(abstract[1].lora)
+
+    formula = plan.fit_step(model, config(targets=targets), compiled)
+    assert formula.layers == depth
+    assert formula.low_rank_layers == int(of_experts)
+    assert set(seen) == {of_experts}
+    lora = plan_program.abstract(model, config(targets=targets))[1].lora
+    assert formula.gradients == pytest.approx(plan_program.tree_bytes(lora) / 4)
 
 
 def test_the_largest_that_fits_fits_just():

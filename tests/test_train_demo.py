@@ -90,7 +90,7 @@ def logits_of(model, ids):
 
 
 def test_script_and_models_compute_the_same_logits(model, examples):
-    shape = make_demo_model.Shape()
+    shape = make_demo_model.SIZES
     params = jax.tree.map(jnp.float32, read_params(shape))
     ids = np.zeros((4, 24), np.int32)
     for row, example in enumerate(examples[:4]):
@@ -101,7 +101,7 @@ def test_script_and_models_compute_the_same_logits(model, examples):
 
 
 def test_checkpoint_is_what_the_script_writes(tmp_path):
-    shape, chars = make_demo_model.Shape(), make_demo_model.make_tokenizer()
+    shape, chars = make_demo_model.SIZES, make_demo_model.make_tokenizer()
     params = make_demo_model.init_params(shape, jax.random.key(0))
     make_demo_model.save_model(shape, params, chars, tmp_path)
     shipped = {path.name: path for path in assets.demo_model().iterdir()}

@@ -48,20 +48,26 @@ def train(tmp_path, name, observer=None, model=None, evaluation=(), **changes):
 
 
 def assert_same(left, right):
+    left, right = plain(left), plain(right)
     for old, new in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def state_of(model):
-    lora, random, rest = nnx.state(model, nnx.LoRAParam, nnx.RngState, ...)
+def plain(tree):
+    """Keys as numbers."""
     return jax.tree.map(
         lambda a: (
             jax.random.key_data(a)
             if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
             else a
         ),
-        (lora, random, rest),
+        tree,
     )
+
+
+def state_of(model):
+    """Adapters, random state, and the rest."""
+    return nnx.state(model, nnx.LoRAParam, nnx.RngState, ...)
 
 
 @pytest.mark.parametrize("batching", ["pack", "pad"])
@@ -186,34 +192,44 @@ def test_one_trace_for_many_steps():
 
 
 def poison(monkeypatch, change):
-    """Let `change(model state, batch)` spoil what the third step sees."""
-
-    compiled = loop._compiled
+    """Let `change(state, frozen, batch)` spoil what the third step sees."""
+    compiler = loop._compiler
 
     def poisoned(step):
-        run = compiled(step)
+        compiled = compiler(step)
 
         def poison_third(state, frozen, batch):
-            if int(state.step) == 2:
-                state, batch = change(state, batch)
-            return run(state, frozen, batch)
+            program = compiled(state, frozen, batch)
+            if int(state.step) != 2:
+                return program
+            return lambda state, frozen, batch: program(*change(state, frozen, batch))
 
         return poison_third
 
-    monkeypatch.setattr(loop, "_compiled", poisoned)
+    monkeypatch.setattr(loop, "_compiler", poisoned)
 
 
 def test_nan_guard_names_the_step_and_the_loss(tmp_path, monkeypatch):
-    def spoil(state, batch):
-        batch.weights[:] = np.nan
-        batch.weights[0] = np.inf
-        return state, batch
-
     poison(monkeypatch, spoil)
+    model = StandIn()
     with pytest.raises(TrainingError, match=r"step 3: loss is nan.*step-00000002"):
-        train(tmp_path, "run", checkpoint_every=1)
-    steps = [step for step, _ in list_checkpoints(tmp_path / "run/checkpoints")]
-    assert steps == [1, 2]
+        train(tmp_path, "run", model=model, checkpoint_every=1)
+    (first, _), (second, newest) = list_checkpoints(tmp_path / "run/checkpoints")
+    assert (first, second) == (1, 2)
+    assert_has_adapters_of(newest, model)
+
+
+def spoil(state, frozen, batch):
+    batch.weights[:] = np.nan
+    batch.weights[0] = np.inf
+    return state, frozen, batch
+
+
+def assert_has_adapters_of(path, model):
+    """The adapters and the random state of a checkpoint, in arrays that are alive."""
+    for name, kind in {"lora": nnx.LoRAParam, "random": nnx.RngState}.items():
+        now = nnx.state(model, kind)
+        assert_same(now, load_tree(path, name, now))
 
 
 class Overflowing(StandIn):
@@ -326,8 +342,76 @@ def test_second_interrupt_leaves_at_once(tmp_path):
         def on_checkpoint(self, path):
             os.kill(os.getpid(), signal.SIGINT)
 
+    model = StandIn()
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, "run", Impatient(1))
+        train(tmp_path, "run", Impatient(1), model)
+    ((_, newest),) = list_checkpoints(tmp_path / "run/checkpoints")
+    assert_has_adapters_of(newest, model)
+
+
+def test_second_interrupt_during_a_step_loses_nothing(tmp_path, monkeypatch):
+    """Then the state is donated, and the next one not there yet."""
+
+    def interrupt(state, frozen, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return state, frozen, batch
+
+    whole, _, _ = train(tmp_path, "whole", StopAt(3))
+    poison(monkeypatch, interrupt)
+    model = StandIn()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "run", model=model)
+    assert_same(state_of(model)[0], state_of(whole)[0])
+
+
+class Careless(Silent):
+    """An observer with a bug, at step 2."""
+
+    def on_step(self, metrics):
+        if metrics["step"] == 2:
+            raise LookupError
+
+
+def test_error_outside_the_step_leaves_the_last_adapters(tmp_path):
+    model = StandIn()
+    with pytest.raises(LookupError):
+        train(tmp_path, "run", Careless(), model)
+    whole, _, _ = train(tmp_path, "whole", StopAt(2))
+    assert_same(state_of(model), state_of(whole))
+
+
+class Failing(StandIn):
+    """Its third step fails while it is computed."""
+
+    def token_losses(self, *args, **kwargs):
+        def check(losses):
+            calls.append(1)
+            if len(calls) == 3:
+                raise LookupError("gone")
+            return losses
+
+        calls = self.calls
+        losses, routings = super().token_losses(*args, **kwargs)
+        shape = jax.ShapeDtypeStruct(losses.shape, losses.dtype)
+        seen = jax.pure_callback(check, shape, jax.lax.stop_gradient(losses))
+        return losses + 0 * seen, routings
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_step_that_fails_leaves_the_newest_checkpoint(tmp_path, checkpoint_every):
+    model = Failing()
+    model.calls = nnx.static([])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="gone") as caught:
+        train(tmp_path, "run", model=model, checkpoint_every=checkpoint_every)
+    saved = list_checkpoints(tmp_path / "run/checkpoints")
+    (note,) = caught.value.__notes__
+    if saved:
+        assert [step for step, _ in saved] == [1, 2]
+        assert str(saved[-1][1]) in note
+        assert_has_adapters_of(saved[-1][1], model)
+    else:
+        assert "load the model again" in note
 
 
 def test_schedule():

@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from wrapper_support import arguments, make_wrapper, refuses
+from wrapper_support import TRAINING_REFUSED, arguments, make_wrapper, refuses
 
 from ktjax import backend
 from ktjax.config import LoRAConfig, MoEConfig
@@ -358,24 +358,7 @@ def inference_arguments(**changes):
     return {name: value for name, value in every.items() if name not in training}
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (
-            "forward_sft",
-            "forward_sft() is not available in inference mode. Use forward() instead, "
-            "or create wrapper with mode='sft'.",
-        ),
-        *[
-            (
-                name,
-                f"{name}() is not available in inference mode. Create wrapper with "
-                "mode='sft' to use SFT features.",
-            )
-            for name in ("backward", "init_lora_weights", "update_lora_weights")
-        ],
-    ],
-)
+@pytest.mark.parametrize(("method", "message"), TRAINING_REFUSED.items())
 def test_inference_refuses_training(method, message):
     wrapper = InferenceWrapper(**inference_arguments())
     with refuses(RuntimeError, message):

@@ -21,7 +21,7 @@ from inference_support import (
     values,
 )
 from quant_cases import encode
-from wrapper_support import assert_close, refuses
+from wrapper_support import TRAINING_REFUSED, assert_close, refuses
 
 import ktjax
 from ktjax import backend, experts_pending
@@ -382,24 +382,7 @@ def test_arguments_are_checked(method, arrays, message):
         getattr(make(), method)(*arrays)
 
 
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (
-            "forward_sft",
-            "forward_sft() is not available in inference mode. Use forward() instead, "
-            "or create wrapper with mode='sft'.",
-        ),
-        *[
-            (
-                name,
-                f"{name}() is not available in inference mode. Create wrapper with "
-                "mode='sft' to use SFT features.",
-            )
-            for name in ("backward", "init_lora_weights", "update_lora_weights")
-        ],
-    ],
-)
+@pytest.mark.parametrize(("method", "message"), TRAINING_REFUSED.items())
 def test_training_is_refused(method, message):
     with refuses(RuntimeError, message):
         getattr(make(weights=False), method)(1, anything=2)

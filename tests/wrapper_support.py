@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from closeness import relative
 from flax import nnx
 
 import ktjax
@@ -27,6 +28,17 @@ LORA_SHAPES = dict(
         strict=True,
     )
 )
+
+# What an inference wrapper says to calls of training.
+TRAINING_REFUSED = {
+    "forward_sft": "forward_sft() is not available in inference mode. Use forward() "
+    "instead, or create wrapper with mode='sft'.",
+    **{
+        name: f"{name}() is not available in inference mode. Create wrapper with "
+        "mode='sft' to use SFT features."
+        for name in ("backward", "init_lora_weights", "update_lora_weights")
+    },
+}
 
 
 def arguments(**changes):
@@ -131,9 +143,7 @@ def refuses(error, message):
 
 def assert_close(actual, expected, bound=0.006):
     """Relative L2 distance at most `bound`; the default is that of BF16 kernels."""
-    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
-    assert actual.shape == expected.shape
-    distance = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    distance = relative(actual, expected)
     assert distance <= bound, distance
 
 

@@ -13,7 +13,11 @@ def demo_model() -> Path:
 
 
 def demo_data(split: str) -> Path:
-    """The JSONL file of `split`, "train" or "eval" (scripts/make_demo_data.py)."""
+    """The JSONL file of `split`, "train" or "eval" (scripts/make_demo_data.py).
+
+    Raises:
+      ValueError: another split.
+    """
     if split not in ("train", "eval"):
         raise ValueError(f'demo_data: split must be "train" or "eval", got {split!r}')
     return _HERE / "demo_data" / f"{split}.jsonl"

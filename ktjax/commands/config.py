@@ -282,7 +282,11 @@ class BenchConfig:
 
     @property
     def token_counts(self) -> tuple[int, ...]:
-        """`tokens` as numbers."""
+        """`tokens` as numbers.
+
+        Raises:
+          ValueError: they are not.
+        """
         parts = self.tokens.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             raise ValueError(

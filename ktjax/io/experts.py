@@ -189,7 +189,7 @@ def load_experts(
     physical_to_logical_map: Sequence[int] | Array | None = None,
     prefix: str = "model.layers",
 ) -> tuple[Array, Array, Array]:
-    """`read_experts` as arrays: gate, up and down.
+    """What `read_experts` reads, as arrays: gate, up and down. It has its errors.
 
     In the checkpoint's dtype, float32 for float16; where it is quantised, the values
     in bfloat16, which holds them exactly.

@@ -65,7 +65,7 @@ def write_stream(
     pieces: Callable[[str], Iterable[np.ndarray[Any, Any]]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`save_stream` into a file that is open."""
+    """`save_stream` into a file that is open; the same arguments and errors."""
     file.write(_header(specs, metadata))
     for name, spec in specs.items():
         left = math.prod(spec.shape)

@@ -22,6 +22,7 @@ from ktjax.models.config import ModelConfig
 from ktjax.models.latent_attention import LatentAttention, MLAConfig
 from ktjax.models.remat import recomputed
 from ktjax.nn import FrozenLinear, GatedMLP, MoELayer, Routing
+from ktjax.nn.adapted import LinearAdapters
 from ktjax.nn.dense import linear, matmul
 from ktjax.nn.layer import Experts
 from ktjax.nn.vocabulary import token_losses
@@ -268,9 +269,17 @@ class Decoder(nnx.Module):
           -log p(target) `[batch, sequence]` in float32, and `DecoderOutput.routings`.
         """
         output = self.forward(input_ids, positions=positions, segment_ids=segment_ids)
-        losses = token_losses(
-            self.logits, output.hidden, targets, self.config.vocab_size
-        )
+        vocab, hidden, head = self.config.vocab_size, output.hidden, self.head
+        seed = head.draw_seed() if isinstance(head, LinearAdapters) else None
+        if seed is None:
+            return token_losses(self.logits, hidden, targets, vocab), output.routings
+
+        def project(rows: Array, numbers: Array) -> Array:
+            return head.project(rows, seed, numbers)
+
+        # Dropout by the token's number: the same in every chunk, and computed again.
+        numbers = jnp.arange(targets.size, dtype=jnp.int32).reshape(targets.shape)
+        losses = token_losses(project, (hidden, numbers), targets, vocab)
         return losses, output.routings
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:

@@ -125,7 +125,9 @@ def _token_rows(
             "max_new_tokens"
         )
     if sampler.temperature > 0 and key is None:
-        raise ValueError("generate: temperature > 0 needs a PRNG key")
+        raise ValueError(
+            "generate: temperature > 0 needs a PRNG key; pass key=jax.random.key(0)"
+        )
     end = model.config.eos_token_ids if eos_ids is None else tuple(eos_ids)
     return _run(model, prompts, max_new_tokens, sampler, key, end)
 

@@ -118,8 +118,7 @@ def check_targets(model: Decoder, lora: LoRAConfig, frozen: Iterable[str]) -> No
     Raises:
       FrozenTargetError: a target fits no module, or one that would stay frozen; names
         both, and what can be trained.
-      ValueError: a rank or alpha pattern fits no module that is trained, or dropout of
-        the output head.
+      ValueError: a rank or alpha pattern fits no module that is trained.
     """
     names = [experts_name(index) for index, _ in model.moe_layers()]
     names += [projection.name for projection in projections(model)]
@@ -140,12 +139,6 @@ def check_targets(model: Decoder, lora: LoRAConfig, frozen: Iterable[str]) -> No
             raise FrozenTargetError(
                 f"targets: '{target}' fits no module of this model; {said}{can}"
             )
-    if lora.dropout and "lm_head" in names and lora.adapts("lm_head"):
-        raise ValueError(
-            "lora_dropout: dropout of lm_head is not built: logits are computed in "
-            "chunks of tokens, each of which would draw anew; leave lm_head out of "
-            "targets, or lora_dropout at 0"
-        )
     lora.check_patterns(filter(lora.adapts, names))
 
 

@@ -69,13 +69,19 @@ class LinearAdapters(nnx.Module):
         self.lora_rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
 
-    def added(self, x: Array, seed: Array | None) -> Array:
+    def draw_seed(self) -> Array | None:
+        """A new seed for `added`, `uint32[2]`; None when nothing is to be dropped."""
+        return None if self.dropout is None else self.dropout.seed()
+
+    def added(self, x: Array, seed: Array | None, rows: Array | None = None) -> Array:
         """What the adapters add, `s (D(x) Aᵀ) Bᵀ`, by XLA in float32.
 
         Args:
           x: `[..., in]`, float32 or bfloat16.
           seed: decides which values D drops, by token and column, with the masks of
             `ktjax.moe`; None: none.
+          rows: which token each is, `[...]` int32, where x has a part of those that the
+            seed is for; None: 0, 1, ...
 
         Returns:
           `[..., out]` float32.
@@ -85,8 +91,9 @@ class LinearAdapters(nnx.Module):
         seen = x.astype(jnp.float32)
         if seed is not None:
             assert self.dropout is not None
-            rate, rows = self.dropout.rate, math.prod(x.shape[:-1])
-            kept = keep(seed, rows, x.shape[-1], "x", rate).reshape(x.shape)
+            rate = self.dropout.rate
+            slots = math.prod(x.shape[:-1]) if rows is None else rows.reshape(-1)
+            kept = keep(seed, slots, x.shape[-1], "x", rate).reshape(x.shape)
             seen, scaling = jnp.where(kept, seen, 0), scaling / (1 - rate)
         return scaling * (seen @ lora.a.T @ lora.b.T)
 
@@ -152,6 +159,9 @@ class AdaptedLinear(LinearAdapters):
 
     def __call__(self, x: Array) -> Array:
         """x `[..., in]`, float32 or bfloat16 -> `[..., out]` in the dtype of x."""
-        assert self.dropout is not None
+        return self.project(x, self.draw_seed())
+
+    def project(self, x: Array, seed: Array | None, rows: Array | None = None) -> Array:
+        """As a call, with a seed of `draw_seed` and rows as `added` takes them."""
         y = self.base(x)
-        return (y + self.added(x, self.dropout.seed())).astype(y.dtype)
+        return (y + self.added(x, seed, rows)).astype(y.dtype)

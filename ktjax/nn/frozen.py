@@ -76,11 +76,14 @@ class FrozenLinear(LinearAdapters, Stored):
 
     def __call__(self, x: Array) -> Array:
         """x `[..., in]`, float32 or bfloat16 -> `[..., out]` in the dtype of x."""
-        seed = None if self.dropout is None else self.dropout.seed()
+        return self.project(x, self.draw_seed())
+
+    def project(self, x: Array, seed: Array | None, rows: Array | None = None) -> Array:
+        """As a call, with a seed of `draw_seed` and rows as `added` takes them."""
         if seed is None:
             y = linear(x, self.store, self.lora, scaling=self.scaling)
         else:
             # The kernels read one input, and here the adapters see another.
             y = linear(x, self.store)
-            y = (y + self.added(x, seed)).astype(y.dtype)
+            y = (y + self.added(x, seed, rows)).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -114,6 +114,9 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Array:
 
     Returns:
       A float32 scalar, differentiable through the probabilities.
+
+    Raises:
+      ValueError: there are none.
     """
     if not routings:
         raise ValueError("load_balancing_loss: no layer has a router")

@@ -17,8 +17,8 @@ CHUNK_VALUES = 1 << 25
 
 
 def token_losses(
-    project: Callable[[Array], Array],
-    hidden: Array,
+    project: Callable[..., Array],
+    hidden: Array | tuple[Array, ...],
     targets: Array,
     vocab_size: int,
     *,
@@ -32,7 +32,8 @@ def token_losses(
 
     Args:
       project: `[tokens, hidden] -> [tokens, vocab]`, a token at a time.
-      hidden: `[batch, sequence, hidden]`.
+      hidden: `[batch, sequence, hidden]`; or a tuple of such arrays, of any widths or
+        without a last axis, which `project` then gets as so many arguments.
       targets: `[batch, sequence]` int32.
       vocab_size: vocab.
       chunk_values: see above.
@@ -41,21 +42,26 @@ def token_losses(
       `[batch, sequence]` float32.
     """
 
-    def losses(rows: Array, labels: Array) -> Array:
-        logits = project(rows).astype(jnp.float32)
+    def losses(rows: tuple[Array, ...], labels: Array) -> Array:
+        logits = project(*rows).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    shape = jnp.shape(targets)
     labels = jnp.asarray(targets).reshape(-1)
-    count = rows.shape[0]
+    count = labels.size
+    arrays = hidden if isinstance(hidden, tuple) else (hidden,)
+    rows = tuple(array.reshape(count, *array.shape[2:]) for array in arrays)
     chunk = max(1, chunk_values // vocab_size)
     if count <= chunk:
-        return losses(rows, labels).reshape(hidden.shape[:-1])
+        return losses(rows, labels).reshape(shape)
     # Equal chunks, so that the padding of the last one is less than a token for each.
     chunks = -(-count // chunk)
     chunk = -(-count // chunks)
-    padding = chunks * chunk - count
-    rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-    labels = jnp.pad(labels, (0, padding)).reshape(chunks, chunk)
-    out = jax.lax.map(lambda part: jax.checkpoint(losses)(*part), (rows, labels))
-    return out.reshape(-1)[:count].reshape(hidden.shape[:-1])
+
+    def in_chunks(array: Array) -> Array:
+        padding = [(0, chunks * chunk - count)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding).reshape(chunks, chunk, *array.shape[1:])
+
+    parts = jax.tree.map(in_chunks, (rows, labels))
+    out = jax.lax.map(lambda part: jax.checkpoint(losses)(*part), parts)
+    return out.reshape(-1)[:count].reshape(shape)

@@ -82,13 +82,14 @@ def check_dropout(
 
 
 def keep(
-    seed: Array, slots: int, columns: int, of: Literal["x", "h"], rate: float
+    seed: Array, slots: int | Array, columns: int, of: Literal["x", "h"], rate: float
 ) -> Array:
     """Which values of an input are kept.
 
     Args:
       seed: `uint32[2]`.
-      slots: rows; slot t * k + j is token t's expert number j.
+      slots: how many rows, or the numbers of those that are asked for, `[slots]`
+        integers; slot t * k + j is token t's expert number j.
       columns: width of the input.
       of: which input.
       rate: the share that is dropped.
@@ -96,7 +97,8 @@ def keep(
     Returns:
       `[slots, columns]` bool.
     """
-    slot = jnp.arange(slots, dtype=jnp.uint32)[:, None]
+    numbers = jnp.arange(slots) if isinstance(slots, int) else slots
+    slot = numbers.astype(jnp.uint32)[:, None]
     column = jnp.arange(columns, dtype=jnp.uint32)
     middle = _mix(_mix(2 * slot + np.uint32(INPUTS.index(of)) + _GOLDEN) ^ seed[1])
     start = _mix(middle ^ seed[0])

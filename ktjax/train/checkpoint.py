@@ -101,7 +101,11 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The meta of the checkpoint at `path`, with its "step"."""
+    """The meta of the checkpoint at `path`, with its "step".
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
     try:
         return json.loads((path / _META).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -129,7 +133,8 @@ def load_tree(path: Path, name: str, like: Any) -> Any:
         )
     leaves = []
     for key, leaf in wanted.items():
-        array, expected = stored[key], _raw(leaf)
+        # As shapes: `like` may have been donated.
+        array, expected = stored[key], jax.eval_shape(_raw, leaf)
         if array.shape != expected.shape or array.dtype != expected.dtype:
             raise CheckpointError(
                 f"{file} does not fit this model: {key} should be "

@@ -27,6 +27,7 @@ from ktjax.train.objective import objective_of
 from ktjax.train.optimizer import make_optimizer
 from ktjax.train.step import (
     Frozen,
+    Metrics,
     TrainState,
     init_state,
     make_train_step,
@@ -89,6 +90,11 @@ def fit(
     decide when to stop, and the model ends with the adapters that had the best
     evaluation loss.
 
+    When it ends in an error, KeyboardInterrupt included, the model has the adapters of
+    the last step whose loss and gradient were finite. A step that fails while it is
+    computed takes them with it: then those of the newest checkpoint, and a note on the
+    exception says so.
+
     Args:
       model: has `token_losses(input_ids, targets, positions=, segment_ids=)`, as
         `ktjax.models.Decoder`.
@@ -127,7 +133,7 @@ def fit(
     state, best = at.state, at.best
     batcher = Batcher.from_config(config, config.batch_size * config.accumulation)
     stream = BatchStream(train, batcher, config.seed, at.position)
-    train_step = _compiled(make_train_step(graph, config))
+    compiled = _compiler(make_train_step(graph, config))
     evaluate = Evaluator(model, frozen, evaluation, config)
     losses: list[float] = []
     step = saved = int(state.step)
@@ -145,14 +151,17 @@ def fit(
     nnx.update(model, state.lora)
     backend.trim_memory()
     with (
+        _given_back(model, lambda: state, root),
         _open_logs(config, output_dir, step) as log,
-        _deferred_interrupt() as interrupted,
+        _deferred_interrupt() as interrupt,
         _explained(root, lambda: step),
     ):
-        while step < config.steps and not interrupted.is_set() and not is_hopeless():
+        while step < config.steps and not interrupt.requested and not is_hopeless():
             began = time.monotonic()
             batch = stream.next()
-            state, raw = train_step(state, frozen, batch)
+            program = compiled(state, frozen, batch)
+            with interrupt.held():  # `state` is donated: none is left in between
+                state, raw = program(state, frozen, batch)
             metrics = {name: float(value) for name, value in raw.items()}
             step += 1
             _check_finite(metrics, int(metrics.pop("bad_gradient")), step, state, root)
@@ -173,7 +182,6 @@ def fit(
         save()
     if step == 0:
         raise KeyboardInterrupt  # before the first step: there is nothing to save
-    nnx.update(model, state.lora, state.random)
     used = chosen_checkpoint(root)
     if best.step not in (0, step):
         nnx.update(model, checkpoint.load_tree(used, "lora", state.lora))
@@ -209,24 +217,74 @@ def chosen_checkpoint(root: Path) -> Path:
     return dict(saved).get(best.step, newest)
 
 
-def _compiled(
-    step: Any,
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted `step`, compiled for every shape of a batch before it runs on one.
+Program = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
-    In between goes back to the system what the compiler has used: of a large model
-    hundreds of megabytes, when the step is about to need the most.
+
+def _compiler(step: Any) -> Callable[[TrainState, Frozen, Batch], Program]:
+    """A function that gives the jitted `step`, compiled for the shape of a batch.
+
+    Between compiling and running, what the compiler has used goes back to the system:
+    of a large model hundreds of megabytes, when the step is about to need the most.
     """
-    programs: dict[tuple[int, ...], Any] = {}
+    programs: dict[tuple[int, ...], Program] = {}
 
-    def run(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
+    def compiled(state: TrainState, frozen: Frozen, batch: Batch) -> Program:
         shape = batch.input_ids.shape
         if shape not in programs:
             programs[shape] = step.lower(state, frozen, batch).compile()
             backend.trim_memory()
-        return programs[shape](state, frozen, batch)
+        return programs[shape]
 
-    return run
+    return compiled
+
+
+@contextmanager
+def _given_back(
+    model: nnx.Module, state: Callable[[], TrainState], root: Path
+) -> Iterator[None]:
+    """However the block ends, `model` gets the adapters and the random state.
+
+    Steps donate them, so without that it would be left with arrays that are gone.
+    """
+    changed = None
+    try:
+        yield
+    except Exception as error:
+        changed = _survived(state(), root, error)
+        raise
+    finally:
+        nnx.update(model, *(changed or (state().lora, state().random)))
+
+
+def _survived(
+    state: TrainState, root: Path, error: Exception
+) -> tuple[nnx.State, nnx.State]:
+    """`state`'s adapters and random state; the newest checkpoint's if they are gone.
+
+    They are when a step fails while it is computed: what it took is donated, and what
+    it should give does not exist. A note on `error` then says what the model has.
+    """
+    changed = state.lora, state.random
+    try:
+        return jax.block_until_ready(changed)
+    except RuntimeError:
+        saved = checkpoint.list_checkpoints(root)
+    if not saved:
+        error.add_note(
+            "the step that failed has taken the model's adapters with it, and no "
+            "checkpoint is saved yet: load the model again"
+        )
+        return changed
+    _, newest = saved[-1]
+    error.add_note(
+        "the step that failed has taken the model's adapters with it: the model has "
+        f"those of {newest}"
+    )
+    lora, random = changed
+    return (
+        checkpoint.load_tree(newest, "lora", lora),
+        checkpoint.load_tree(newest, "random", random),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +384,9 @@ def _resume(
 ) -> _Point:
     saved = checkpoint.list_checkpoints(root)
     if not saved:
-        raise TrainingError(f"nothing to resume: there is no checkpoint in {root}")
+        raise TrainingError(
+            f"nothing to resume: there is no checkpoint in {root}; start without resume"
+        )
     step, path = saved[-1]
     meta = checkpoint.read_meta(path)
     now = {**config.trajectory(), **data}
@@ -349,24 +409,45 @@ def _resume(
     return _Point(state, Position(**meta["position"]), best)
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one raises KeyboardInterrupt.
+class _Interrupt:
+    """Ctrl-C: the first is a request, the second raises KeyboardInterrupt.
 
-    Signal handlers exist in the main thread only; elsewhere the event stays unset.
+    Attributes:
+      requested: whether there was one.
     """
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
 
-    def handle(number: int, frame: Any) -> None:
-        if requested.is_set():
+    def __init__(self) -> None:
+        self.requested = False
+        self._held = self._again = False
+
+    def handle(self, number: int, frame: Any) -> None:
+        """The signal handler."""
+        if self.requested and not self._held:
             raise KeyboardInterrupt
-        requested.set()
+        self._again = self.requested
+        self.requested = True
 
-    previous = signal.signal(signal.SIGINT, handle)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A second Ctrl-C within the block raises at its end."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._again:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[_Interrupt]:
+    """Listens to Ctrl-C, in the main thread: elsewhere there are no signal handlers."""
+    interrupt = _Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    previous = signal.signal(signal.SIGINT, interrupt.handle)
     try:
-        yield requested
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, previous)

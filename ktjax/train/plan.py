@@ -23,6 +23,7 @@ from ktjax.models.loading import module_names, shapes_of
 from ktjax.models.targets import check_targets, experts_name
 from ktjax.nn.vocabulary import CHUNK_VALUES
 from ktjax.train.config import TrainConfig
+from ktjax.train.plan_adapters import layer_adapters
 from ktjax.train.plan_program import (
     abstract,
     compiled_bytes,
@@ -116,10 +117,11 @@ class StepModel:
     them it changes in proportion to the layers.
 
     Attributes:
-      layers: how many.
+      layers: how many the backward pass goes through; those below keep nothing.
       kept: bytes that a layer keeps, per token and per token and length.
-      low_rank: bytes that the low-rank values of a layer take per token and column.
-      keeps_low_rank: whether a layer keeps those.
+      low_rank: bytes that the low-rank values of a layer's experts take per token and
+        column.
+      low_rank_layers: how many layers keep those.
       temporary: bytes of a layer at work: fixed, per token, per token and length, and
         as a share of the layer's gradients.
       logit: bytes per token of a chunk of the loss.
@@ -131,7 +133,7 @@ class StepModel:
     layers: int
     kept: tuple[float, float]
     low_rank: float
-    keeps_low_rank: bool
+    low_rank_layers: int
     temporary: tuple[float, float, float]
     logit: float
     vocabulary: int
@@ -145,10 +147,9 @@ class StepModel:
         per_token, per_square, share = self.temporary
         work = _dot((per_token, per_square), size) + columns
         work += share * self.layer_gradients * size.rank
-        if self.keeps_low_rank:
-            kept += columns
+        kept = self.layers * kept + self.low_rank_layers * columns
         logits = self.logit * chunk_tokens(size.tokens, self.vocabulary)
-        at_loss = self.layers * kept + max(logits, work)
+        at_loss = kept + max(logits, work)
         return max(at_loss, self.gradients * size.rank + work)
 
 
@@ -167,27 +168,24 @@ def fit_step(
 
     Args:
       model: the geometry.
-      config: its batch, length and rank are where the formula is exact.
+      config: its batch, length and rank are where the formula is exact, if all layers
+        with experts have the same adapters. If not, each that the backward pass goes
+        through counts as the one with the largest.
       compiled: bytes of a step of just this model.
 
     Raises:
-      ValueError: no layer with experts has adapters.
+      ValueError: no module has adapters.
     """
+    adapters = layer_adapters(model, config)
+    config = adapters.config
     planned = Size(config.lora_rank, config.batch_size, config.sequence_length)
     # With next to no gradients, what grows with the tokens shows.
     here = planned._replace(rank=1)
     long = here._replace(length=2 * here.length)
     ranked = here._replace(rank=max(planned.rank, 1 + _RANK_BLOCK))
-    adapters = tree_bytes(abstract(model, config)[1].lora) / planned.rank
-    try:
-        one = abstract(shallow(model, 1), config)[1].lora
-    except ValueError:  # of a model that has no adapters
-        raise ValueError(
-            f"plan: targets = {config.targets!r} name nothing in layer 0 as one "
-            "with experts, which stands for all layers in a plan; name modules of "
-            "every layer with experts"
-        ) from None
-    layer = tree_bytes(one) / planned.rank
+    # What the small programs below have, with one rank in all modules.
+    alike = dataclasses.replace(config, lora_rank=1, rank_pattern={})
+    layer = tree_bytes(abstract(shallow(model, 1), alike)[1].lora)
     small = dataclasses.replace(model, vocab_size=SMALL_VOCABULARY)
     itemsize = np.dtype(np.float32).itemsize if config.dtype == "float32" else 2
     slots = model.num_experts_per_tok
@@ -240,19 +238,26 @@ def fit_step(
     )
     chunk = chunk_tokens(here.tokens, model.vocab_size)
     found = StepModel(
-        layers=model.num_hidden_layers,
+        layers=adapters.depth,
         kept=kept,
         low_rank=low_rank,
-        keeps_low_rank=keeps,
+        low_rank_layers=adapters.with_experts if keeps else 0,
         temporary=(per_token, per_square, share),
         logit=0.0,
         vocabulary=model.vocab_size,
-        layer_gradients=layer,
-        gradients=adapters,
+        layer_gradients=adapters.largest / planned.rank,
+        gradients=adapters.total / planned.rank,
     )
     # Logits show where they are more than what a layer needs.
     whole = measure(2, here, model)
-    if whole > dataclasses.replace(found, layers=2, gradients=2 * layer).bytes(here):
+    two = dataclasses.replace(
+        found,
+        layers=2,
+        low_rank_layers=2 if keeps else 0,
+        layer_gradients=layer,
+        gradients=2 * layer,
+    )
+    if whole > two.bytes(here):
         below = 2 * (_dot(kept, here) + (columns(here) if keeps else 0.0))
         return dataclasses.replace(found, logit=max(whole - below, 0.0) / chunk)
     # Else they are at least an array of logits and one of their gradient.
@@ -356,7 +361,11 @@ def plan_memory(model: ModelConfig, config: TrainConfig) -> MemoryPlan:
 
 
 def available_memory() -> int:
-    """MemAvailable of /proc/meminfo, in bytes: what can be had without swapping."""
+    """MemAvailable of /proc/meminfo, in bytes: what can be had without swapping.
+
+    Raises:
+      RuntimeError: the kernel does not say.
+    """
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -16,6 +16,7 @@ from ktjax.store import ExpertStore
 from ktjax.store_linear import LinearGeometry, LinearStore
 from ktjax.train.config import TrainConfig
 from ktjax.train.optimizer import make_optimizer
+from ktjax.train.plan_adapters import layer_adapters
 from ktjax.train.plan_program import (
     encoding_of,
     fill,
@@ -63,7 +64,8 @@ def measure_time(
 
     Steps of one layer, of three, and of one with the whole vocabulary take turns for
     `SECONDS`; the fastest of each counts, which what others do to the machine distorts
-    least.
+    least. Where layers have different adapters, all count as the layer with experts
+    whose adapters are largest.
 
     Args:
       model, config: as in `plan_memory`.
@@ -75,6 +77,7 @@ def measure_time(
       RuntimeError: others keep the machine so busy that nothing can be told.
     """
     measured, rows, share = measurable(model, config, available)
+    config = layer_adapters(model, config).config
     # Dropout costs next to nothing, and its state is no array of random numbers.
     config = dataclasses.replace(
         config, batch_size=rows, accumulation=1, lora_dropout=0.0

@@ -134,6 +134,8 @@ def make_train_step(
     The batch's rows are cut into `config.accumulation` micro-batches, which a scan runs
     one after the other. Each adds its sum of losses, divided by what the whole batch
     holds to learn, so the gradient is that of the whole batch however that is spread.
+    If the loss or the gradient is not finite, adapters and random state stay as they
+    were.
 
     Returns:
       `step(state, frozen, batch) -> (state, metrics)`; metrics are scalars: loss (the
@@ -188,17 +190,23 @@ def make_train_step(
             (grads, random), parts = jax.lax.scan(accumulate, start, micro_batches)
             sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
         squares = jnp.stack(
             [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
         )
         bad = ~jnp.isfinite(squares)
+        norm = jnp.sqrt(jnp.sum(squares))
+        good = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        lora, random = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.lora, updates), random),
+            (state.lora, state.random),
+        )
         metrics = {
             "loss": sums.loss,
             **sums.extras,
             "router_aux": sums.router_aux,
             **routing_statistics(sums.routings),
-            "grad_norm": jnp.sqrt(jnp.sum(squares)),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "bad_gradient": jnp.where(jnp.any(bad), jnp.argmax(bad), -1),
         }

@@ -182,6 +182,10 @@ class BackwardPass : LoRAGradPass {
       const auto touch = [&](int row) {
         FetchKept(values, group, block.begin + row, shard(s).begin + column,
                   strips * kStrip);
+        for (const auto* array : {&d_gate_, &d_up_, &hidden_}) {
+          if (array == &hidden_ && !lora_grads_) continue;
+          FetchHiddenRow(*array, s, group, block.begin + row, column, strips * kStrip);
+        }
         if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
       const auto epilogue = [&](float* tile, int first, int count) {

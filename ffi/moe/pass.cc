@@ -338,6 +338,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     }
     const auto touch = [&](int row) {
       FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);
+      FetchHiddenRow(hidden_, s, group, block.begin + row, column, kDepth);
       if (!rank()) return;
       FetchSpread(out.low_rank, group, block.begin + row, 0);
       FetchSpread(out.low_rank, group, block.begin + row, 1);

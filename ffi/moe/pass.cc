@@ -234,11 +234,8 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
   // Where a task has all panels of its rows, x Aᵀ needs no phase of its own, which
   // would gather the rows once more.
-  const int panels = shard(s).width / kDepth;
   const bool in_tasks =
-      shard_count() == 1 && std::ranges::all_of(tasks, [panels](const BlockTask& task) {
-        return task.last_panel - task.first_panel == panels;
-      });
+      shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
   if (rank() && !in_tasks) {
     counters().ForEach(CounterOf(counter + kLowRankOfX, 0), group.blocks.size(),
                        [&](int64_t i) {

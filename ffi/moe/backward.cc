@@ -165,8 +165,8 @@ class BackwardPass : LoRAGradPass {
             {&factor, 1}, low_rank_grad_, false, scratch);
   }
 
-  // dots, dg, du and h of a block, whose rows of gy are in scratch.rows, 64 columns at a
-  // time.
+  // dots, dg, du and h of a block, whose rows of gy are in scratch.rows, 64 columns at
+  // a time.
   template <typename NextTask>
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
                   const Activations& values, const Scratch& scratch,
@@ -221,8 +221,8 @@ class BackwardPass : LoRAGradPass {
       Prefetch prefetch;
       const auto fetch = [&](int expert, int first) {
         prefetch = FetchPairs(store_.Down(s, expert, 0), store_.DownStrips(0),
-                              first / 2, kPanel / 2,
-                              geometry_.hidden_padded() / kPanel, store_.DownStride(s));
+                              first / 2, kPanel / 2, geometry_.hidden_padded() / kPanel,
+                              store_.DownStride(s));
       };
       if (column + 2 * kPanel <= end) {
         fetch(block.expert, column + kPanel);

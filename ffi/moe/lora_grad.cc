@@ -9,7 +9,7 @@
 namespace ktjax {
 namespace {
 
-constexpr int kBlock = 8, kMaxRank = 256;
+constexpr int kBlock = 8;
 
 // dst[i][r] = src[r][i] for i < columns and r < kBlock, zero from `rows` on; `src` is
 // readable up to kBlock columns. In SSE2, which every x86-64 has.

@@ -234,8 +234,7 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
   // Where a task has all panels of its rows, x Aᵀ needs no phase of its own, which
   // would gather the rows once more.
-  const bool in_tasks =
-      shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
+  const bool in_tasks = shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
   if (rank() && !in_tasks) {
     counters().ForEach(CounterOf(counter + kLowRankOfX, 0), group.blocks.size(),
                        [&](int64_t i) {

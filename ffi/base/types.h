@@ -20,6 +20,9 @@ inline constexpr int kPanel = kStrip * kPanelStrips;
 // 32 bfloat16 values.
 inline constexpr int kDepth = 32;
 
+// The highest rank of adapters.
+inline constexpr int kMaxRank = 256;
+
 // Inlined even in debug builds: code of a file with ISA flags must not be shared.
 [[gnu::always_inline]] constexpr int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

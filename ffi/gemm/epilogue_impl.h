@@ -139,19 +139,42 @@ inline void StoreSplit(const F32x16& value, int count, const SplitRows& rows,
   StoreSome(value, count, rows.high + at);
 }
 
+// One or two neighbouring strips. Two are one store of a whole line where they can be:
+// half as many stores wait for their lines.
+inline void StoreStrips(const F32x16 (&values)[2], int count, const SplitRows& rows,
+                        ptrdiff_t at) {
+#if defined(__AVX512BF16__)
+  if (count == 2 && !rows.low) {
+    _mm512_storeu_si512(rows.high + at, RoundTwo((__m512)values[0], (__m512)values[1]));
+    return;
+  }
+#endif
+  StoreSplit(values[0], kStrip, rows, at);
+  if (count == 2) StoreSplit(values[1], kStrip, rows, at + kStrip);
+}
+
 inline void SwiGlu(const float* c, int rows, int strips, SplitRows h,
                    const int32_t* index, SplitRows gate, SplitRows up) {
+  const int pairs = strips / 2;
   for (int r = 0; r < rows; ++r) {
     const ptrdiff_t kept = (index ? index[r] : r) * gate.stride;
-    for (int p = 0; p < strips / 2; ++p) {
-      F32x16 g, u, sigma;
-      Load(c + r * kPanel + 2 * kStrip * p, g);
-      Load(c + r * kPanel + 2 * kStrip * p + kStrip, u);
-      Sigmoid(g, sigma);
-      StoreSplit(g * sigma * u, kStrip, h, r * h.stride + kStrip * p);
+    for (int p = 0; p < pairs; p += 2) {
+      const int count = pairs - p < 2 ? 1 : 2;
+      F32x16 g[2], u[2], value[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        if (i == count) break;
+        const float* pair = c + r * kPanel + 2 * kStrip * (p + i);
+        Load(pair, g[i]);
+        Load(pair + kStrip, u[i]);
+        F32x16 sigma;
+        Sigmoid(g[i], sigma);
+        value[i] = g[i] * sigma * u[i];
+      }
+      StoreStrips(value, count, h, r * h.stride + kStrip * p);
       if (gate.high) {
-        StoreSplit(g, kStrip, gate, kept + kStrip * p);
-        StoreSplit(u, kStrip, up, kept + kStrip * p);
+        StoreStrips(g, count, gate, kept + kStrip * p);
+        StoreStrips(u, count, up, kept + kStrip * p);
       }
     }
   }
@@ -164,20 +187,29 @@ inline void SwiGluGrad(const float* c, int rows, int strips, const float* weight
   for (int r = 0; r < rows; ++r) {
     F32x16 dot = {};
     const ptrdiff_t kept = (index ? index[r] : r) * gate.stride;
-    for (int s = 0; s < strips; ++s) {
-      const ptrdiff_t in = kept + kStrip * s, out = r * d_gate.stride + kStrip * s;
-      F32x16 dh, g, u, sigma;
-      Load(c + r * kPanel + kStrip * s, dh);
-      LoadSplit(gate, in, g);
-      LoadSplit(up, in, u);
-      Sigmoid(g, sigma);
-      const F32x16 silu = g * sigma;
-      const F32x16 value = silu * u;
-      dot += dh * value;
-      dh *= weights[r];
-      StoreSplit(dh * u * (sigma * (1.0f + g * (1.0f - sigma))), kStrip, d_gate, out);
-      StoreSplit(dh * silu, kStrip, d_up, out);
-      if (h.high) StoreSplit(value, kStrip, h, out);
+    for (int s = 0; s < strips; s += 2) {
+      const int count = strips - s < 2 ? 1 : 2;
+      F32x16 dg[2], du[2], value[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        if (i == count) break;
+        const ptrdiff_t in = kept + kStrip * (s + i);
+        F32x16 dh, g, u, sigma;
+        Load(c + r * kPanel + kStrip * (s + i), dh);
+        LoadSplit(gate, in, g);
+        LoadSplit(up, in, u);
+        Sigmoid(g, sigma);
+        const F32x16 silu = g * sigma;
+        value[i] = silu * u;
+        dot += dh * value[i];
+        dh *= weights[r];
+        dg[i] = dh * u * (sigma * (1.0f + g * (1.0f - sigma)));
+        du[i] = dh * silu;
+      }
+      const ptrdiff_t out = r * d_gate.stride + kStrip * s;
+      StoreStrips(dg, count, d_gate, out);
+      StoreStrips(du, count, d_up, out);
+      if (h.high) StoreStrips(value, count, h, out);
     }
     dots[r * dots_stride] = SumLanes(dot);
   }

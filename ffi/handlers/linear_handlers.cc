@@ -35,8 +35,9 @@ LinearCall DecodeLinear(const Checker& check, const char* name,
                {a.untyped_data(), check.Floating(kNameA, a)},
                {b.untyped_data(), check.Floating(kNameB, b)}};
   const int rank = call.lora.rank;
-  if (rank < 1 || rank > 256) {
-    check.Fail("lora", "a rank of 1 to 256", std::to_string(rank));
+  if (rank < 1 || rank > kMaxRank) {
+    check.Fail("lora", "a rank of 1 to " + std::to_string(kMaxRank),
+               std::to_string(rank));
   }
   check.Shape(kNameA, a, {rank, call.store->inputs()});
   check.Shape(kNameB, b, {call.store->outputs(), rank});

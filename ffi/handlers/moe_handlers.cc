@@ -76,8 +76,9 @@ Call DecodeCall(const Checker& check, const ffi::AnyBuffer& x,
       }
       check.Shape(kLoRANames[i], buffer, LoRAShape(geometry, i, lora.rank));
     }
-    if (lora.rank < 1 || lora.rank > 256) {
-      check.Fail("lora", "a rank of 1 to 256", std::to_string(lora.rank));
+    if (lora.rank < 1 || lora.rank > kMaxRank) {
+      check.Fail("lora", "a rank of 1 to " + std::to_string(kMaxRank),
+                 std::to_string(lora.rank));
     }
     call.operands = kLoRAArrays;
   }

@@ -108,22 +108,22 @@ class BackwardPass : LoRAGradPass {
       counters().ForEach(CounterOf(counter + kLoadLowRank, 0), group.blocks.size(),
                          [&](int64_t i) { LoadLowRank(group, group.blocks[i]); });
     }
-    if (rank()) {
-      const LowRankFactor factor{Matrix(kDownB), 0, 0, 2};
-      counters().ForEach(
-          CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(), [&](int64_t i) {
-            const RowBlock& block = group.blocks[i];
-            GatherRows(grad_y_, block, scratch);
-            LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows,
-                    geometry_.hidden, {&factor, 1}, low_rank_grad_, false, scratch);
-          });
+    const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
+    // As x Aᵀ in ComputeHidden.
+    const bool in_tasks = shard_count() == 1 && AreWhole(tasks, Blocks(s));
+    if (rank() && !in_tasks) {
+      counters().ForEach(CounterOf(counter + kLowRankOfGrad, 0), group.blocks.size(),
+                         [&](int64_t i) {
+                           GatherRows(grad_y_, group.blocks[i], scratch);
+                           LowRankOfOutputGrad(group, group.blocks[i], scratch);
+                         });
       if (!Wait(worker, scratch)) return false;
       watch.Lap("gy B");
     }
-
-    const auto& tasks = hidden_grad_tasks_[s * groups_.size() + g];
     TaskQueue queue = counters().Queue(CounterOf(counter + kHiddenGrad, s), tasks);
     while (const BlockTask* task = queue.Take()) {
+      GatherRows(grad_y_, task->rows, scratch);
+      if (rank() && in_tasks) LowRankOfOutputGrad(group, task->rows, scratch);
       HiddenGrad(s, group, *task, values, scratch, queue);
     }
     if (!Wait(worker, scratch)) return false;
@@ -156,7 +156,16 @@ class BackwardPass : LoRAGradPass {
     return Wait(worker, scratch);
   }
 
-  // dots, dg, du and h of a block, 64 columns at a time.
+  // s gy Bd of the rows of gy in scratch.rows.
+  void LowRankOfOutputGrad(const Group& group, const RowBlock& block,
+                           const Scratch& scratch) const {
+    const LowRankFactor factor{Matrix(kDownB), 0, 0, 2};
+    LowRank(Contraction::kDownColumns, 0, group, block, scratch.rows, geometry_.hidden,
+            {&factor, 1}, low_rank_grad_, false, scratch);
+  }
+
+  // dots, dg, du and h of a block, whose rows of gy are in scratch.rows, 64 columns at
+  // a time.
   void HiddenGrad(int s, const Group& group, const BlockTask& task,
                   const Activations& values, const Scratch& scratch,
                   TaskQueue<BlockTask>& queue) {
@@ -164,7 +173,6 @@ class BackwardPass : LoRAGradPass {
     const int begin = task.first_panel * kPanel;
     const int end = std::min(task.last_panel * kPanel, shard(s).width);
     const bool contract = Contracts(block.count);
-    GatherRows(grad_y_, block, scratch);
     if (contract) ContractDown(s, block, begin, end, scratch, queue);
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
@@ -182,6 +190,10 @@ class BackwardPass : LoRAGradPass {
       const auto touch = [&](int row) {
         FetchKept(values, group, block.begin + row, shard(s).begin + column,
                   strips * kStrip);
+        for (const auto* array : {&d_gate_, &d_up_, &hidden_}) {
+          if (array == &hidden_ && !lora_grads_) continue;
+          FetchHiddenRow(*array, s, group, block.begin + row, column, strips * kStrip);
+        }
         if (rank()) FetchSpread(low_rank_grad_, group, block.begin + row, 2);
       };
       const auto epilogue = [&](float* tile, int first, int count) {
@@ -205,10 +217,17 @@ class BackwardPass : LoRAGradPass {
         continue;
       }
       Prefetch prefetch;
+      const auto fetch = [&](int expert, int first) {
+        prefetch = FetchPairs(store_.Down(s, expert, 0), first / 2, kPanel / 2,
+                              geometry_.hidden_padded() / kPanel, store_.DownStride(s));
+      };
       if (column + 2 * kPanel <= end) {
-        prefetch = FetchPairs(store_.Down(s, block.expert, 0), (column + kPanel) / 2,
-                              kPanel / 2, geometry_.hidden_padded() / kPanel,
-                              store_.DownStride(s));
+        fetch(block.expert, column + kPanel);
+      } else if (column + kPanel >= end) {
+        const BlockTask* next = queue.Peek();
+        if (next && !Contracts(next->rows.count)) {
+          fetch(next->rows.expert, next->first_panel * kPanel);
+        }
       }
       const auto transposed = [&](int first, int count) {
         return TransposeDown(s, block.expert, column, strips, first, count, scratch);

@@ -1,10 +1,45 @@
 #include "moe/lora_grad.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 
 #include "base/bf16.h"
 
 namespace ktjax {
+namespace {
+
+constexpr int kBlock = 8;
+
+// dst[i][r] = src[r][i] for i < columns and r < kBlock, zero from `rows` on; `src` is
+// readable up to kBlock columns. In SSE2, which every x86-64 has.
+void TransposeBlock(const bf16* src, ptrdiff_t src_stride, int rows, int columns,
+                    bf16* dst, ptrdiff_t dst_stride) {
+  static_assert(kBlock == 8);
+  __m128i a[8], b[8];
+  for (int r = 0; r < 8; ++r) {
+    a[r] = r < rows
+               ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + r * src_stride))
+               : _mm_setzero_si128();
+  }
+  for (int i = 0; i < 4; ++i) {  // rows r and r + 4, word by word
+    b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
+    b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]);
+    a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
+    b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+  }
+  for (int i = 0; i < columns; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i * dst_stride), b[i]);
+  }
+}
+
+}  // namespace
 
 int64_t LoRAGradPass::LoRAGradTasks(const Group& group) const {
   return static_cast<int64_t>(group.last_expert - group.first_expert) * Sources();
@@ -152,20 +187,32 @@ void LoRAGradPass::MultiplyExpert(Pack pack, int row, int count, int columns,
 // ones, zero up to `stride` rows.
 void LoRAGradPass::TransposeLowRank(const GradFactor& factor, int row, int count,
                                     bf16* dst, ptrdiff_t stride) const {
-  for (int r = 0; r < count; ++r) {
-    const bf16* src = factor.low_rank + static_cast<int64_t>(r) * low_rank_stride_;
-    const float weight = routing_.weights[row + r];
-    for (int i = 0; i < rank(); ++i) {
-      bf16 high = src[i], low = src[low_rank_width_ + i];
-      if (factor.weighted) {
-        SplitBf16(weight * (FromBf16(high) + FromBf16(low)), high, low);
+  const int width = static_cast<int>(RoundUp(rank(), kBlock));
+  alignas(64) float values[kBlock * kMaxRank];
+  alignas(64) bf16 parts[2][kBlock * kMaxRank];
+  for (int first = 0; first < stride; first += kBlock) {
+    const int rows = std::clamp(count - first, 0, kBlock);
+    const bf16* src = factor.low_rank + int64_t{first} * low_rank_stride_;
+    if (factor.weighted) {
+      for (int r = 0; r < rows; ++r) {
+        const bf16* high = src + r * low_rank_stride_;
+        const bf16* low = high + low_rank_width_;
+        const float weight = routing_.weights[row + first + r];
+        for (int i = 0; i < width; ++i) {
+          values[r * width + i] = weight * (FromBf16(high[i]) + FromBf16(low[i]));
+        }
       }
-      dst[i * stride + r] = high;
-      dst[(rank() + i) * stride + r] = low;
+      kernels_.to_bf16(values, parts[0], rows * width);
+      kernels_.to_bf16_low(values, parts[1], rows * width);
     }
-  }
-  for (int i = 0; i < 2 * rank(); ++i) {
-    std::fill(dst + i * stride + count, dst + (i + 1) * stride, bf16{0});
+    for (int part = 0; part < 2; ++part) {
+      const bf16* from = factor.weighted ? parts[part] : src + part * low_rank_width_;
+      const ptrdiff_t from_stride = factor.weighted ? width : low_rank_stride_;
+      for (int i = 0; i < rank(); i += kBlock) {
+        TransposeBlock(from + i, from_stride, rows, std::min(kBlock, rank() - i),
+                       dst + (part * rank() + i) * stride + first, stride);
+      }
+    }
   }
 }
 

@@ -235,11 +235,7 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
   // Where a task has all panels of its rows, x Aᵀ needs no phase of its own, which
   // would gather the rows once more.
-  const int panels = shard(s).width / kDepth;
-  const bool in_tasks =
-      shard_count() == 1 && std::ranges::all_of(tasks, [panels](const BlockTask& task) {
-        return task.last_panel - task.first_panel == panels;
-      });
+  const bool in_tasks = shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
   if (rank() && !in_tasks) {
     counters().ForEach(CounterOf(counter + kLowRankOfX, 0), group.blocks.size(),
                        [&](int64_t i) {
@@ -334,6 +330,7 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     }
     const auto touch = [&](int row) {
       FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);
+      FetchHiddenRow(hidden_, s, group, block.begin + row, column, kDepth);
       if (!rank()) return;
       FetchSpread(out.low_rank, group, block.begin + row, 0);
       FetchSpread(out.low_rank, group, block.begin + row, 1);

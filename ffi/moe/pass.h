@@ -150,6 +150,13 @@ class Pass : protected Products {
     const auto [data, stride] = sum_.At(s, panel);
     Fetch(data + routing_.tokens[row] * stride, sizeof(float) * kStrip * strips);
   }
+  // `columns` of a row of h, dg or du, to be written.
+  void FetchHiddenRow(const std::vector<bf16*>& arrays, int s, const Group& group,
+                      int row, int column, int columns) const {
+    const SplitRows rows = HiddenRows(arrays, s, group, row, column);
+    FetchToWrite(rows.high, sizeof(bf16) * columns);
+    if (rows.low) FetchToWrite(rows.high + rows.low, sizeof(bf16) * columns);
+  }
   // One row of gate and up in `values`.
   void FetchKept(const Activations& values, const Group& group, int row, int column,
                  int columns) const {

@@ -27,6 +27,14 @@ inline void Fetch(const void* data, int64_t bytes) {
   }
 }
 
+// The same for lines that will be written: this core owns them when the stores come.
+inline void FetchToWrite(const void* data, int64_t bytes) {
+  const char* line = static_cast<const char*>(data);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    asm volatile("prefetchw %0" : : "m"(line[i]));
+  }
+}
+
 // One LoRA array, [experts, rows, columns]; a matrix that stands alone is expert 0.
 struct LoRAMatrix {
   ConstArray array;

@@ -43,11 +43,20 @@ std::vector<Group> MakeGroups(const Routing& routing, const Geometry& geometry,
   const int64_t row_bytes = sizeof(bf16) * geometry.intermediate_padded();
   const int64_t limit = std::max(kMinGroupRows, group_bytes / row_bytes);
   const int block_rows = BlockRows(geometry.hidden);
+  // As few groups as the budget allows, of equal shares of the rows: a small one that
+  // is left over would have all the barriers and little to do between them. An expert
+  // belongs to the share that the middle of its rows is in.
+  const int64_t rows_of_all = std::max<int64_t>(routing.rows(), 1);
+  const int64_t shares = CeilDiv(rows_of_all, limit);
+  int64_t last_share = -1;
   std::vector<Group> groups;
   for (int e = 0; e < geometry.experts; ++e) {
     const int rows = routing.rows_of(e);
-    if (groups.empty() || groups.back().rows() + rows > limit) {
+    const int64_t middle = 2 * int64_t{routing.offsets[e]} + rows;  // in half rows
+    const int64_t share = std::min(middle * shares / (2 * rows_of_all), shares - 1);
+    if (share != last_share) {
       groups.push_back({e, e, routing.offsets[e], routing.offsets[e], {}, {}});
+      last_share = share;
     }
     Group& group = groups.back();
     group.last_expert = e + 1;
@@ -75,6 +84,12 @@ std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int pane
     }
   }
   return tasks;
+}
+
+bool AreWhole(std::span<const BlockTask> tasks, int panels) {
+  return std::ranges::all_of(tasks, [panels](const BlockTask& task) {
+    return task.last_panel - task.first_panel == panels;
+  });
 }
 
 std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads) {

@@ -78,6 +78,9 @@ std::vector<BlockTask> MakeBlockTasks(std::span<const RowBlock> blocks, int pane
                                       int threads,
                                       int tasks_per_thread = kTasksPerThread);
 
+// Whether every task has all `panels` panels of its rows.
+bool AreWhole(std::span<const BlockTask> tasks, int panels);
+
 std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads);
 
 // The rows of `expert` whose tokens are in [first, last).

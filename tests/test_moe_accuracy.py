@@ -44,7 +44,14 @@ CASES = [
 FEW_ROWS_CASES = [
     Case(tokens=9, experts=12, k=3, rank=3, hidden=100, intermediate=72),
     Case(tokens=8, experts=8, k=4, rank=24, hidden=576, intermediate=160),
-    Case(tokens=12, experts=16, rank=17, hidden=41, lora_dtype="bfloat16"),
+    Case(
+        tokens=12,
+        experts=16,
+        rank=17,
+        hidden=41,
+        intermediate=70,
+        lora_dtype="bfloat16",
+    ),
     Case(tokens=8, experts=10, k=3, rank=70, intermediate=96),
 ]
 # Cases that need many rows: on the fast paths only.

@@ -54,8 +54,8 @@ def test_run_after_run(use_pool):
             np.testing.assert_array_equal(a, b)
 
 
-# Alone a token takes the adapters' products of few rows, in its batch those of many. Ranks
-# below, at and between multiples of a vector.
+# Alone a token takes the adapters' products of few rows, in its batch those of many.
+# Ranks below, at and between multiples of a vector.
 @pytest.mark.parametrize("rank", [16, 5, 24, 40])
 def test_a_token_does_not_depend_on_its_batch(use_pool, rank):
     use_pool()

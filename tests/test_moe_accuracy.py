@@ -39,6 +39,21 @@ CASES = [
     Case(tokens=110, experts=12, intermediate=96, routing="ragged", dropout=0.3),
     Case(tokens=33, rank=5, hidden=96, intermediate=160, dtype="float32", dropout=0.3),
 ]
+# At most eight rows an expert, some of none: adapters are multiplied as they lie in
+# memory.
+FEW_ROWS_CASES = [
+    Case(tokens=9, experts=12, k=3, rank=3, hidden=100, intermediate=72),
+    Case(tokens=8, experts=8, k=4, rank=24, hidden=576, intermediate=160),
+    Case(
+        tokens=12,
+        experts=16,
+        rank=17,
+        hidden=41,
+        intermediate=70,
+        lora_dtype="bfloat16",
+    ),
+    Case(tokens=8, experts=10, k=3, rank=70, intermediate=96),
+]
 # Cases that need many rows: on the fast paths only.
 LARGE_CASES = [
     Case(tokens=1300, k=1, rank=8, routing="one", hidden=96),  # several row blocks
@@ -57,7 +72,7 @@ def check(case: Case, policy: str) -> None:
     assert_close(got, reference_results(case), dtype)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FEW_ROWS_CASES], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_matches_reference(use_pool, isa, case):
     use_pool(isa)
@@ -73,7 +88,7 @@ def test_matches_reference_with_many_rows(use_pool, case):
 @pytest.mark.parametrize("subpools", [2, 3])
 @pytest.mark.parametrize(
     "case",
-    [CASES[4], CASES[7], CASES[12], *CASES[-3:], LARGE_CASES[2]],
+    [CASES[4], CASES[7], CASES[12], *CASES[-3:], LARGE_CASES[2], *FEW_ROWS_CASES[:3]],
     ids=str,
 )
 def test_matches_reference_in_slices(use_pool, case, subpools):
@@ -82,7 +97,7 @@ def test_matches_reference_in_slices(use_pool, case, subpools):
     check(case, "recompute")
 
 
-@pytest.mark.parametrize("case", [*CASES, *LARGE_CASES[2:]], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FEW_ROWS_CASES, *LARGE_CASES[2:]], ids=str)
 def test_recomputed_activations_give_the_same_bits(use_pool, case):
     use_pool()
     with ktjax.ExpertStore.from_arrays(*make_inputs(case).base) as store:

@@ -16,6 +16,7 @@ CASE = Case(
     tokens=150, experts=6, k=3, rank=16, hidden=160, intermediate=224, routing="random"
 )
 DROPOUT = dataclasses.replace(CASE, dropout=0.3)
+FEW_ROWS = dataclasses.replace(CASE, tokens=12, experts=16)
 
 
 def bits(case=CASE):
@@ -23,7 +24,7 @@ def bits(case=CASE):
         return [np.asarray(a).copy() for a in jax.tree.leaves(run_kernels(case, store))]
 
 
-@pytest.mark.parametrize("case", [CASE, DROPOUT], ids=str)
+@pytest.mark.parametrize("case", [CASE, DROPOUT, FEW_ROWS], ids=str)
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
 def test_any_number_of_threads(use_pool, isa, case):
     results = []
@@ -35,7 +36,7 @@ def test_any_number_of_threads(use_pool, isa, case):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("case", [CASE, DROPOUT], ids=str)
+@pytest.mark.parametrize("case", [CASE, DROPOUT, FEW_ROWS], ids=str)
 def test_any_number_of_threads_per_slice(use_pool, case):
     results = []
     for threads in (1, 2):
@@ -53,9 +54,12 @@ def test_run_after_run(use_pool):
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_token_does_not_depend_on_its_batch(use_pool):
+# Alone a token takes the adapters' products of few rows, in its batch those of many.
+# Ranks below, at and between multiples of a vector.
+@pytest.mark.parametrize("rank", [16, 5, 24, 40])
+def test_a_token_does_not_depend_on_its_batch(use_pool, rank):
     use_pool()
-    inputs = make_inputs(CASE)
+    inputs = make_inputs(dataclasses.replace(CASE, rank=rank))
     with ktjax.ExpertStore.from_arrays(*inputs.base) as store:
         whole = ktjax.moe(inputs.x, inputs.ids, inputs.w, store, inputs.lora)
         for size in (1, 7, 40):

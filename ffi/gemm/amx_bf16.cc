@@ -49,6 +49,8 @@ const Kernels kAmxBf16Kernels = {
     .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
     .dot_codes = Avx512DotCodes,
     .contract_codes = Avx512ContractCodes,
+    .adapters_f32 = nullptr,
+    .adapters_bf16 = nullptr,
 };
 
 }  // namespace ktjax

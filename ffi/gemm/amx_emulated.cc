@@ -48,6 +48,8 @@ const Kernels kAmxEmulatedKernels = {
     .decode = Decode<GenericDecoder, GenericBlockDecoder>,
     .dot_codes = nullptr,
     .contract_codes = nullptr,
+    .adapters_f32 = nullptr,
+    .adapters_bf16 = nullptr,
 };
 
 }  // namespace ktjax

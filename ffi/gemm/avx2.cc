@@ -34,6 +34,8 @@ const Kernels kAvx2Kernels = {
     .decode = Decode<Avx2Decoder, GenericBlockDecoder>,
     .dot_codes = nullptr,
     .contract_codes = nullptr,
+    .adapters_f32 = nullptr,
+    .adapters_bf16 = nullptr,
 };
 
 }  // namespace ktjax

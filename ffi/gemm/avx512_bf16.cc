@@ -5,6 +5,7 @@
 // 24 products. The panel streams from L2 (11 bytes a cycle), the rows stay in L1.
 #include <immintrin.h>
 
+#include "gemm/adapters_avx512.h"
 #include "gemm/contract_avx512.h"
 #include "gemm/decode_avx512.h"
 #include "gemm/decode_blocks_avx512.h"
@@ -176,6 +177,8 @@ const Kernels kAvx512Bf16Kernels = {
     .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
     .dot_codes = Avx512DotCodes,
     .contract_codes = Avx512ContractCodes,
+    .adapters_f32 = &kAvx512Adapters<float>,
+    .adapters_bf16 = &kAvx512Adapters<bf16>,
 };
 
 }  // namespace ktjax

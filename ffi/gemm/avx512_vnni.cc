@@ -36,6 +36,8 @@ const Kernels kAvx512VnniKernels = {
     .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
     .dot_codes = nullptr,
     .contract_codes = nullptr,
+    .adapters_f32 = nullptr,
+    .adapters_bf16 = nullptr,
 };
 
 }  // namespace ktjax

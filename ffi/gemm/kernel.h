@@ -187,6 +187,38 @@ struct Epilogues {
                    float* c);
 };
 
+// Products of few rows with a LoRA matrix as it lies in memory: rows of values of type
+// T (float or bf16), which are rounded to bfloat16 on the way. Nobody packs them, which
+// for 1 to kMaxContractRows rows takes longer than the products. Rows of m are in order
+// (m.index is null). Tiles c have a row stride of kPanel. dot and add_dot have the bits
+// of gemm on panels of the same, so that a token's result does not depend on how many
+// others its expert has.
+template <typename T>
+struct AdapterKernels {
+  // c[r][n] = sum_d a[r * a_stride + d] * bf16(m.row(n)[d]) for n < outputs <= kPanel.
+  // a is readable, and finite, up to depth rounded up to kDepth.
+  void (*dot)(const bf16* a, ptrdiff_t a_stride, int rows, Rows<T> m, int outputs,
+              int depth, float* c);
+  // The same for rows of a few values in one or two parts, added to every strip_step-th
+  // strip of c. a is zero from `depth` up to its multiple of kDepth.
+  void (*add_dot)(SplitRows a, int rows, Rows<T> m, int outputs, int depth, float* c,
+                  int strip_step);
+  // c[r][n] (+)= sum_d a[r][d] * bf16(m.row(d)[n]) for n < outputs <= kPanel. a may
+  // have two parts, and is zero up to an even depth. Whole strips of c are written.
+  void (*contract)(SplitRows a, int rows, Rows<T> m, int depth, int outputs, float* c,
+                   bool accumulate);
+
+  // Gradients, for 0 to kMaxContractRows source rows. low_rank has a row per rank, in
+  // two parts, with a value per source row, zero from there up to an even count.
+  // Stored as gradients are (Epilogues::stream_rows_f32).
+  //   dst[i * dst_stride + n] = sum_r low_rank[i][r] * source.row(r)[n]   i < rank
+  void (*outer_rows)(SplitRows low_rank, int rank, Rows<bf16> source, int rows,
+                     int columns, T* dst, ptrdiff_t dst_stride);
+  //   dst[n * dst_stride + i] = the same
+  void (*outer_columns)(SplitRows low_rank, int rank, Rows<bf16> source, int rows,
+                        int columns, T* dst, ptrdiff_t dst_stride);
+};
+
 // All that one instruction set provides. Instances are constants, one per file.
 struct Kernels {
   const char* name;
@@ -287,6 +319,10 @@ struct Kernels {
   bool (*contract_codes)(const StripRows& a, int rows, const QuantPanel& panel,
                          int first_pair, int pairs, float* c, ptrdiff_t c_stride,
                          Prefetch* prefetch);
+
+  // Both null where adapters are always packed.
+  const AdapterKernels<float>* adapters_f32;
+  const AdapterKernels<bf16>* adapters_bf16;
 };
 
 }  // namespace ktjax

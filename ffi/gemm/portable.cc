@@ -67,6 +67,8 @@ const Kernels kPortableKernels = {
     .decode = Decode<GenericDecoder, GenericBlockDecoder>,
     .dot_codes = nullptr,
     .contract_codes = nullptr,
+    .adapters_f32 = nullptr,
+    .adapters_bf16 = nullptr,
 };
 
 }  // namespace ktjax

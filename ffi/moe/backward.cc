@@ -173,15 +173,24 @@ class BackwardPass : LoRAGradPass {
     const int begin = task.first_panel * kPanel;
     const int end = std::min(task.last_panel * kPanel, shard(s).width);
     const bool contract = Contracts(block.count);
-    if (contract) ContractDown(s, block, begin, end, scratch, queue);
+    const bool in_place = rank() && InPlace(block.expert);
+    if (contract) {
+      const auto ahead = [&](int p) {
+        if (in_place) {
+          FetchPartOfA(kDownA, block.expert, shard(s).begin + begin,
+                       std::min(end, Slice(s)) - begin, p, store_.DownPanels());
+        }
+      };
+      ContractDown(s, block, begin, end, scratch, queue, ahead);
+    }
     for (int column = begin; column < end; column += kPanel) {
       const int strips = std::min(kPanel, end - column) / kStrip;
       Terms lora, dropped;  // where dropout is, LoRA's terms are added apart
-      if (rank()) {
+      const int outputs = std::min(strips * kStrip, Slice(s) - column);
+      if (rank() && !in_place) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         Matrix(kDownA).PackDepths(kernels_, block.expert, 0, rank(),
-                                  shard(s).begin + column,
-                                  std::min(strips * kStrip, Slice(s) - column), strips,
+                                  shard(s).begin + column, outputs, strips,
                                   scratch.lora_panel[0], 2 * kStrip * strips);
         (dropout() ? dropped : lora)
             .Add(SpreadRows(low_rank_grad_, group, block.begin, 2),
@@ -200,6 +209,10 @@ class BackwardPass : LoRAGradPass {
         const int row = block.begin + first, kept = shard(s).begin + column;
         AddKept(dropped, first, MaskOf(DropoutOf::kHidden, row, kept), count, strips,
                 tile, scratch);
+        if (in_place) {
+          AddSpreadA(kDownA, block.expert, kept, outputs,
+                     SpreadRows(low_rank_grad_, group, row, 2), count, tile);
+        }
         epilogues_.swiglu_grad(
             tile, count, strips, &routing_.weights[row], KeptIndex(values, row),
             KeptRows(values, values.gate, group, row, kept),
@@ -246,11 +259,11 @@ class BackwardPass : LoRAGradPass {
 
   // scratch.sums = 0, then += `rows` of a (its low parts as well) times depth pairs
   // [first_pair, first_pair + pairs) of `panels` panels; panel(p) names them,
-  // operand(p, part) what they are multiplied with. next() is what to fetch
-  // during the last one.
-  template <typename Panel, typename Operand, typename Next>
+  // operand(p, part) what they are multiplied with. next() is what to fetch during the
+  // last one, ahead(p) fetches what is needed after all of them.
+  template <typename Panel, typename Operand, typename Next, typename Ahead>
   void Contract(int panels, int rows, int first_pair, int pairs, Panel panel,
-                Operand operand, Next next, const Scratch& scratch) const {
+                Operand operand, Next next, Ahead ahead, const Scratch& scratch) const {
     const ptrdiff_t stride = SumsStride(2 * pairs);
     std::fill_n(scratch.sums, rows * stride, 0.0f);
     for (int p = 0; p < panels; ++p) {
@@ -259,6 +272,7 @@ class BackwardPass : LoRAGradPass {
       const int strips = stored.strips();
       Prefetch prefetch =
           p + 1 < panels ? FetchPairs(panel(p + 1), first_pair, pairs) : next();
+      ahead(p);
       if (!base.values && ContractCodes(base, operand, p, rows, first_pair, pairs,
                                         stride, prefetch, scratch)) {
         continue;
@@ -298,8 +312,10 @@ class BackwardPass : LoRAGradPass {
   }
 
   // The columns [begin, end) of gy Wd.
+  template <typename Ahead>
   void ContractDown(int s, const RowBlock& block, int begin, int end,
-                    const Scratch& scratch, TaskQueue<BlockTask>& queue) const {
+                    const Scratch& scratch, TaskQueue<BlockTask>& queue,
+                    Ahead ahead) const {
     const auto panel = [&](int p) { return store_.Down(s, block.expert, p); };
     const auto operand = [&](int p, Part part) {
       StripRows rows{{}, scratch.rows.stride};
@@ -319,12 +335,14 @@ class BackwardPass : LoRAGradPass {
       return FetchPairs(store_.Down(s, expert, 0), first / 2, columns / 2);
     };
     Contract(store_.DownPanels(), block.count, begin / 2, (end - begin) / 2, panel,
-             operand, next, scratch);
+             operand, next, ahead, scratch);
   }
 
   // The columns [begin, end) of dg Wg + du Wu. `next_expert` comes after.
+  template <typename Ahead>
   void ContractGateUp(int s, const Group& group, const RowBlock& rows, int begin,
-                      int end, int next_expert, const Scratch& scratch) const {
+                      int end, int next_expert, Ahead ahead,
+                      const Scratch& scratch) const {
     const auto panel = [&](int p) { return store_.GateUp(s, rows.expert, p); };
     const auto operand = [&](int p, Part part) {
       const SplitRows gate = HiddenRows(d_gate_, s, group, rows.begin, p * kDepth);
@@ -339,7 +357,7 @@ class BackwardPass : LoRAGradPass {
       return FetchPairs(store_.GateUp(s, next_expert, 0), begin / 2, (end - begin) / 2);
     };
     Contract(shard(s).width / kDepth, rows.count, begin / 2, (end - begin) / 2, panel,
-             operand, next, scratch);
+             operand, next, ahead, scratch);
   }
 
   // Like Multiply, on top of the columns [column, column + 16 strips) of scratch.sums.
@@ -423,6 +441,7 @@ class BackwardPass : LoRAGradPass {
                  const Scratch& scratch) {
     const int width = shard(s).width;
     const bool lora = rank() && s == 0;
+    const LoRAArray as[] = {kGateA, kUpA};
     for (size_t e = 0; e < group.active.size(); ++e) {
       const int expert = group.active[e];
       const RowBlock rows =
@@ -433,18 +452,27 @@ class BackwardPass : LoRAGradPass {
       const int end = std::min(task.last_panel * kPanel, geometry_.hidden_padded());
       // By all rows of the expert: how they are cut must not change a bit.
       const bool contract = Contracts(routing_.rows_of(expert));
-      if (contract) ContractGateUp(s, group, rows, begin, end, next_expert, scratch);
+      const bool in_place = lora && InPlace(expert);
+      if (contract) {
+        const auto ahead = [&](int p) {
+          for (int which = 0; in_place && which < 2; ++which) {
+            FetchPartOfA(as[which], expert, begin,
+                         std::min(end, geometry_.hidden) - begin, p, width / kDepth);
+          }
+        };
+        ContractGateUp(s, group, rows, begin, end, next_expert, ahead, scratch);
+      }
       for (int panel = task.first_panel; panel < task.last_panel; ++panel) {
         const int strips = store_.DownStrips(panel);
         Terms terms, dropped;
-        if (lora) {
+        const int outputs =
+            std::min(strips * kStrip, geometry_.hidden - panel * kPanel);
+        if (lora && !in_place) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);
-          const LoRAArray as[] = {kGateA, kUpA};
           for (int which = 0; which < 2; ++which) {
-            Matrix(as[which]).PackDepths(
-                kernels_, expert, 0, rank(), panel * kPanel,
-                std::min(strips * kStrip, geometry_.hidden - panel * kPanel), strips,
-                scratch.lora_panel[which], 2 * kStrip * strips);
+            Matrix(as[which]).PackDepths(kernels_, expert, 0, rank(), panel * kPanel,
+                                         outputs, strips, scratch.lora_panel[which],
+                                         2 * kStrip * strips);
             (dropout() ? dropped : terms)
                 .Add(SpreadRows(low_rank_grad_, group, rows.begin, which),
                      scratch.lora_panel[which], LowRankDepth());
@@ -460,6 +488,11 @@ class BackwardPass : LoRAGradPass {
           AddKept(dropped, from,
                   MaskOf(DropoutOf::kInput, rows.begin + from, panel * kPanel), count,
                   strips, tile, scratch);
+          for (int which = 0; in_place && which < 2; ++which) {
+            AddSpreadA(as[which], expert, panel * kPanel, outputs,
+                       SpreadRows(low_rank_grad_, group, rows.begin + from, which),
+                       count, tile);
+          }
           const auto [sums, stride] = sum_.At(s, panel);
           epilogues_.scatter_add(tile, count, strips,
                                  &routing_.tokens[rows.begin + from], nullptr, sums,

@@ -127,12 +127,15 @@ class ForwardPass : Pass {
                             strips,
                             routing_.rows_of(expert),
                             {}};
-        if (lora) {
+        const int outputs = std::min(kPanel, geometry_.hidden - panel * kPanel);
+        const bool in_place = lora && InPlace(expert);
+        if (in_place) {
+          Matrix(kDownB).FetchRows(expert, panel * kPanel, outputs, 0, rank());
+        } else if (lora) {
           const WorkTimer timer(scratch.times, &WorkTimes::adapters);
-          Matrix(kDownB).PackOutputs(
-              kernels_, expert, panel * kPanel,
-              std::min(kPanel, geometry_.hidden - panel * kPanel), 0, rank(), strips,
-              scratch.lora_panel[0], 2 * kStrip * strips);
+          Matrix(kDownB).PackOutputs(kernels_, expert, panel * kPanel, outputs, 0,
+                                     rank(), strips, scratch.lora_panel[0],
+                                     2 * kStrip * strips);
           product.lora.Add(SpreadRows(low_rank_, group, rows.begin, 2),
                            scratch.lora_panel[0], LowRankDepth());
         }
@@ -155,6 +158,10 @@ class ForwardPass : Pass {
         };
         MultiplyBase(product, rows.count, scratch, touch, [&](int first, int count) {
           const int row = rows.begin + first;
+          if (in_place) {
+            AddSpreadB(kDownB, expert, panel * kPanel, outputs,
+                       SpreadRows(low_rank_, group, row, 2), count, scratch.tile, 1);
+          }
           const auto [sums, stride] = sum_.At(s, panel);
           epilogues_.scatter_add(scratch.tile, count, strips, &routing_.tokens[row],
                                  &routing_.weights[row], sums, stride);

@@ -81,7 +81,14 @@ void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
       Drop(DropoutOf::kInput, row + from, depth, begin + column, strips, scratch);
   };
   auto multiply = [&](std::span<const GradFactor> factors) {
-    MultiplyExpert(pack, row, routing_.rows_of(expert), end - begin, factors, scratch);
+    if (!InPlace(expert)) {
+      return MultiplyExpert(pack, row, routing_.rows_of(expert), end - begin, factors,
+                            scratch);
+    }
+    const ConstArray array = of_x ? inputs_.x : grad_y_;
+    StreamInPlace(
+        {static_cast<const bf16*>(array.data) + begin, hidden, &routing_.tokens[row]},
+        expert, end - begin, factors, scratch);
   };
   if (of_x) {
     const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);
@@ -131,6 +138,10 @@ void LoRAGradPass::ShardGrad(const Group& group, int expert, int source,
            scratch);
     }
   };
+  if (InPlace(expert)) {
+    return StreamInPlace({rows.high, rows.stride}, expert, Slice(s), {&factor, 1},
+                         scratch);
+  }
   MultiplyExpert(pack, row, routing_.rows_of(expert), Slice(s), {&factor, 1}, scratch);
 }
 
@@ -181,6 +192,29 @@ void LoRAGradPass::MultiplyExpert(Pack pack, int row, int count, int columns,
   }
   MultiplyOverRows(pack, count, columns, rank(), {row_factors, factors.size()},
                    scratch);
+}
+
+// The same for few rows, without packing them.
+void LoRAGradPass::StreamInPlace(Rows<bf16> source, int expert, int columns,
+                                 std::span<const GradFactor> factors,
+                                 const Scratch& scratch) const {
+  const int row = routing_.offsets[expert], count = routing_.rows_of(expert);
+  constexpr ptrdiff_t kStride = kMaxContractRows;
+  const SplitRows low_rank{scratch.transposed, kStride, rank() * kStride};
+  for (const GradFactor& factor : factors) {
+    TransposeLowRank(factor, row, count, low_rank.high, kStride);
+    const auto stream = [&]<typename T>(const AdapterKernels<T>& adapters) {
+      (factor.transposed ? adapters.outer_columns : adapters.outer_rows)(
+          low_rank, rank(), source, count, columns, static_cast<T*>(factor.grad.data),
+          factor.stride);
+    };
+    if (factor.grad.is_float32) {
+      stream(*kernels_.adapters_f32);
+    } else {
+      stream(*kernels_.adapters_bf16);
+    }
+  }
+  _mm_sfence();  // after which other threads may read what was streamed
 }
 
 // dst[i][r] = weight[r] low_rank[r][i], the high parts of all i and then the low

@@ -63,6 +63,8 @@ class LoRAGradPass : protected Pass {
   void MultiplyExpert(Pack pack, int row, int count, int columns,
                       std::span<const GradFactor> factors,
                       const Scratch& scratch) const;
+  void StreamInPlace(Rows<bf16> source, int expert, int columns,
+                     std::span<const GradFactor> factors, const Scratch& scratch) const;
   void TransposeLowRank(const GradFactor& factor, int row, int count, bf16* dst,
                         ptrdiff_t stride) const;
 };

@@ -147,6 +147,36 @@ void Pass::LowRank(Contraction contraction, int s, const Group& group,
                          LoRAInTwoParts() ? scratch.panel.low : nullptr};
   for (int first = 0; first < strips; first += kPanelStrips) {
     const int width = std::min(kPanelStrips, strips - first);
+    const auto store = [&](int from, int count) {
+      const int row = block.begin + from;
+      for (int i = 0; i < width; ++i) {
+        const int strip = first + i, vector = strip % rank_strips_ * kStrip;
+        const LowRankFactor& factor = factors[strip / rank_strips_];
+        const float* tile = scratch.tile + kStrip * i;
+        if (partial) {
+          // Gate and down have the first half of a row, up the second.
+          const ptrdiff_t stride = 2 * kStrip * rank_strips_;
+          epilogues_.store_rows_f32(tile, count, kStrip,
+                                    partial_[s] + (row - group.first_row) * stride +
+                                        (factor.index == 1) * kStrip * rank_strips_ +
+                                        vector,
+                                    stride);
+          continue;
+        }
+        const bool last = vector + kStrip >= rank();
+        SplitRows dst = LowRankRows(destination, group, row, factor.index);
+        dst.high += vector;
+        epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
+                               last ? low_rank_width_ - vector : kStrip,
+                               inputs_.lora.scaling, dst);
+      }
+    };
+    if (InPlace(block.expert)) {
+      MultiplyInPlace(contraction, block, rows, depth, factors, first, width,
+                      scratch.tile);
+      store(0, block.count);
+      continue;
+    }
     for (int i = 0; i < width; ++i) {
       const WorkTimer timer(scratch.times, &WorkTimes::adapters);
       const LowRankFactor& factor = factors[(first + i) / rank_strips_];
@@ -164,32 +194,33 @@ void Pass::LowRank(Contraction contraction, int s, const Group& group,
     }
     Terms terms;
     terms.Add(rows, panel, static_cast<int>(RoundUp(depth, 2)));
-    Multiply(
-        terms, block.count, width, scratch, {}, [](int) {},
-        [&](int from, int count) {
-          const int row = block.begin + from;
-          for (int i = 0; i < width; ++i) {
-            const int strip = first + i, vector = strip % rank_strips_ * kStrip;
-            const LowRankFactor& factor = factors[strip / rank_strips_];
-            const float* tile = scratch.tile + kStrip * i;
-            if (partial) {
-              // Gate and down have the first half of a row, up the second.
-              const ptrdiff_t stride = 2 * kStrip * rank_strips_;
-              epilogues_.store_rows_f32(
-                  tile, count, kStrip,
-                  partial_[s] + (row - group.first_row) * stride +
-                      (factor.index == 1) * kStrip * rank_strips_ + vector,
-                  stride);
-              continue;
-            }
-            const bool last = vector + kStrip >= rank();
-            SplitRows dst = LowRankRows(destination, group, row, factor.index);
-            dst.high += vector;
-            epilogues_.store_split(tile, count, std::min(kStrip, rank() - vector),
-                                   last ? low_rank_width_ - vector : kStrip,
-                                   inputs_.lora.scaling, dst);
-          }
-        });
+    Multiply(terms, block.count, width, scratch, {}, [](int) {}, store);
+  }
+}
+
+void Pass::MultiplyInPlace(Contraction contraction, const RowBlock& block,
+                           SplitRows rows, int depth,
+                           std::span<const LowRankFactor> factors, int first, int width,
+                           float* tile) const {
+  for (int i = 0, strips; i < width; i += strips, tile += strips * kStrip) {
+    const LowRankFactor& factor = factors[(first + i) / rank_strips_];
+    const int strip = (first + i) % rank_strips_;
+    strips = std::min(width - i, rank_strips_ - strip);
+    const int vector = strip * kStrip;
+    const int count = std::min(strips * kStrip, rank() - vector);
+    if (contraction == Contraction::kAlongRows) {
+      factor.matrix.InPlace(kernels_, block.expert, factor.row + vector, factor.column,
+                            [&](const auto& adapters, auto m) {
+                              adapters.dot(rows.high, rows.stride, block.count, m,
+                                           count, depth, tile);
+                            });
+    } else {
+      factor.matrix.InPlace(kernels_, block.expert, factor.row, factor.column + vector,
+                            [&](const auto& adapters, auto m) {
+                              adapters.contract(rows, block.count, m, depth, count,
+                                                tile, false);
+                            });
+    }
   }
 }
 
@@ -311,14 +342,20 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                         kPanelStrips,
                         routing_.rows_of(expert),
                         {}};
-    if (rank()) {
-      const LoRAArray bs[] = {kGateB, kUpB};
+    const LoRAArray bs[] = {kGateB, kUpB};
+    const int64_t lora_row = shard(s).begin + column;
+    const int lora_outputs = std::min(kDepth, Slice(s) - column);
+    const bool in_place = rank() && InPlace(expert);
+    if (in_place) {
+      for (const LoRAArray b : bs) {
+        Matrix(b).FetchRows(expert, lora_row, lora_outputs, 0, rank());
+      }
+    } else if (rank()) {
       for (int which = 0; which < 2; ++which) {
         const SplitPanel& lora_panel = scratch.lora_panel[which];
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
-        Matrix(bs[which]).PackOutputs(kernels_, expert, shard(s).begin + column,
-                                      std::min(kDepth, Slice(s) - column), 0, rank(), 2,
-                                      lora_panel, 4 * kStrip);
+        Matrix(bs[which]).PackOutputs(kernels_, expert, lora_row, lora_outputs, 0,
+                                      rank(), 2, lora_panel, 4 * kStrip);
         product.lora.Add(SpreadRows(out.low_rank, group, block.begin, which),
                          lora_panel, LowRankDepth(), which, 2);
       }
@@ -337,6 +374,11 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     };
     MultiplyBase(product, block.count, scratch, touch, [&](int first, int count) {
       const int row = block.begin + first, kept = shard(s).begin + column;
+      for (int which = 0; in_place && which < 2; ++which) {
+        AddSpreadB(bs[which], expert, lora_row, lora_outputs,
+                   SpreadRows(out.low_rank, group, row, which), count,
+                   scratch.tile + which * kStrip, 2);
+      }
       epilogues_.swiglu(scratch.tile, count, kPanelStrips,
                         HiddenRows(hidden_, s, group, row, column), KeptIndex(out, row),
                         KeptRows(out, out.gate, group, row, kept),

@@ -105,6 +105,36 @@ class Pass : protected Products {
             sizeof(bf16) * rows.count * hidden.stride};
   }
 
+  // Whether an expert's adapters are multiplied as they lie in memory, which is faster
+  // for few rows. By all of its rows: how they are cut must not change a bit.
+  bool InPlace(int expert) const {
+    return kernels_.adapters_f32 && !exact() && !dropout() &&
+           routing_.rows_of(expert) <= kMaxContractRows;
+  }
+  // tile += low-rank values times B, [outputs, rank] from output `row` of the expert
+  // on. Every strip_step-th strip of the tile.
+  void AddSpreadB(LoRAArray b, int expert, int64_t row, int outputs, SplitRows low_rank,
+                  int rows, float* tile, int strip_step) const {
+    Matrix(b).InPlace(kernels_, expert, row, 0, [&](const auto& adapters, auto m) {
+      adapters.add_dot(low_rank, rows, m, outputs, rank(), tile, strip_step);
+    });
+  }
+  // tile += low-rank values times A, [rank, outputs] from output `column` on.
+  void AddSpreadA(LoRAArray a, int expert, int64_t column, int outputs,
+                  SplitRows low_rank, int rows, float* tile) const {
+    Matrix(a).InPlace(kernels_, expert, 0, column, [&](const auto& adapters, auto m) {
+      adapters.contract(low_rank, rows, m, rank(), outputs, tile, true);
+    });
+  }
+
+  // Fetches the `part`th of so many parts of those columns of A.
+  void FetchPartOfA(LoRAArray a, int expert, int64_t column, int outputs, int part,
+                    int parts) const {
+    const int first = rank() * part / parts;
+    Matrix(a).FetchRows(expert, first, rank() * (part + 1) / parts - first, column,
+                        outputs);
+  }
+
   // destination[r], part of the factor, i = scaling * <rows[r], factor's vector i>.
   // With several shards these are parts of the contraction: they wait in partial_ until
   // SumPartials has added them in order.
@@ -112,6 +142,10 @@ class Pass : protected Products {
                const RowBlock& block, SplitRows rows, int depth,
                std::span<const LowRankFactor> factors, bf16* destination, bool partial,
                const Scratch& scratch) const;
+  // The product of LowRank, for strips [first, first + width) of the factors' vectors.
+  void MultiplyInPlace(Contraction contraction, const RowBlock& block, SplitRows rows,
+                       int depth, std::span<const LowRankFactor> factors, int first,
+                       int width, float* tile) const;
   void SumPartials(const Group& group, const RowBlock& block, int factors,
                    int first_factor, bf16* destination) const;
   // The phase that does so for all blocks, when there is more than one shard.

@@ -51,6 +51,29 @@ struct LoRAMatrix {
   void PackDepths(const Kernels& kernels, int expert, int64_t row, int depth,
                   int64_t column, int outputs, int strips, SplitPanel dst,
                   ptrdiff_t dst_stride) const;
+
+  // Calls f(the kernels for the matrix's dtype, an expert's rows from (row, column)
+  // on).
+  template <typename F>
+  void InPlace(const Kernels& kernels, int expert, int64_t row, int64_t column,
+               F f) const {
+    const int64_t offset = (expert * rows + row) * columns + column;
+    if (array.is_float32) {
+      f(*kernels.adapters_f32,
+        Rows<float>{static_cast<const float*>(array.data) + offset, columns});
+    } else {
+      f(*kernels.adapters_bf16,
+        Rows<bf16>{static_cast<const bf16*>(array.data) + offset, columns});
+    }
+  }
+  // Fetches `count` rows of an expert's matrix from (row, column) on, `width` columns.
+  void FetchRows(int expert, int64_t row, int count, int64_t column, int width) const {
+    const int64_t size = array.is_float32 ? sizeof(float) : sizeof(bf16);
+    const char* first = static_cast<const char*>(array.data) +
+                        ((expert * rows + row) * columns + column) * size;
+    if (width == columns) return Fetch(first, count * width * size);
+    for (int i = 0; i < count; ++i) Fetch(first + i * columns * size, width * size);
+  }
 };
 
 // A LoRA gradient as a product over rows: grad[i][n] = Σ_r low_rank[i][r] source[r][n].

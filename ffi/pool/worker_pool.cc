@@ -122,9 +122,9 @@ class PoolState {
     Run([this](Worker& worker) {
       const int error = places_[worker.index()].ApplyToThisThread();
       if (error == 0) return;
-      throw std::system_error(
-          error, std::generic_category(),
-          "WorkerPool: cannot pin worker " + std::to_string(worker.index()));
+      throw std::system_error(error, std::generic_category(),
+                              std::string("WorkerPool: cannot pin worker ")
+                                  .append(std::to_string(worker.index())));
     });
   }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "gemm/kernel.h"
+#include "testing/adapter_suite.h"
 #include "testing/check.h"
 #include "testing/dropout_suite.h"
 #include "testing/gemm_case.h"
@@ -28,6 +29,10 @@ class KernelSuite {
     kernels_.leave();
     PackSuite(kernels_, small_).Run();
     DropoutSuite(kernels_).Run();
+    if (kernels_.adapters_f32) {
+      AdapterSuite<float>(kernels_, *kernels_.adapters_f32, small_).Run();
+      AdapterSuite<bf16>(kernels_, *kernels_.adapters_bf16, small_).Run();
+    }
   }
 
  private:

@@ -102,8 +102,8 @@ struct DotPanel {
   static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
                   float* c, Prefetch* prefetch) {
     using Decoder = Avx512Decoder<L>;
-    // As many strips at a time as registers have room for. Decoding 8 bits takes longer
-    // than the products of a strip wait for one another.
+    // As many strips at a time as registers have room for. Decoding 8 bits, or blocks,
+    // takes longer than the products of a strip wait for one another.
     constexpr int kMost = L::kCodeBits == 8 ? 1 : kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
     const ptrdiff_t code_stride = 64 * panel.strips;
     const int group_blocks = panel.group / kDepth;
@@ -144,8 +144,7 @@ struct DotBlocks {
   template <int kRows>
   static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
                   float* c, Prefetch* prefetch) {
-    constexpr int kMost = kRows == 1 ? 2 : 1;  // strips at a time
-    DotStrips<kRows, kMost>(
+    DotStrips<kRows, 1>(
         panel, c, [&]<int kStrips>(int strip, PairSums<kRows>(&sum)[kStrips]) {
           ForBlocks(depth, kStrips, panel.strips, prefetch, [&](int block) {
 #pragma GCC unroll 4

@@ -2,10 +2,9 @@
 // multiplied in registers and never stored.
 //
 // A strip's 16 outputs have sums of even and of odd depth pairs for every row. A
-// product of bfloat16 waits six cycles for the one before it on Zen 5, so the fewer the
-// rows, the more strips at a time: their sums are others, and nothing else of the
-// result changes. Everything is static: a file compiled with ISA flags must not share
-// code with others.
+// product of bfloat16 waits for the one before it, so where decoding is quick the fewer
+// the rows, the more strips at a time: their sums are others, and no result changes.
+// Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
 #define KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
 

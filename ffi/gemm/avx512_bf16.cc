@@ -41,7 +41,7 @@ template <int kRows, int kStrips, int kFirst, int kStep, bool kNear = false>
       panel[s] = (__m512bh)_mm512_loadu_si512(b + 2 * kStrip * s);
     }
     b += 2 * kStrip * kWidth;
-    run.FetchStep<kNear>();
+    run.Fetch<kNear>(run.lines_per_step);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       int bits;

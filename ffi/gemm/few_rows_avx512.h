@@ -1,8 +1,9 @@
 // Products of few rows with a panel of codes, in any format: what is decoded is
 // multiplied in registers and never stored.
 //
-// A strip at a time: its 16 outputs have sums of even and of odd depth pairs for every
-// row, so that a product need not wait for the one before it.
+// A strip's 16 outputs have sums of even and of odd depth pairs for every row. A
+// product of bfloat16 waits for the one before it, so where decoding is quick the fewer
+// the rows, the more strips at a time: their sums are others, and no result changes.
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
 #define KTJAX_FFI_GEMM_FEW_ROWS_AVX512_H_
@@ -33,14 +34,14 @@ struct PairDot {
   }
 };
 
-// Calls add(block) for all blocks of 32 depths, fetching meanwhile: a strip has the
-// `strips`th part of what a pair stands for in a schedule.
+// Calls add(block) for all blocks of 32 depths, fetching meanwhile: `some` strips have
+// their part, of all `strips`, of what a pair stands for in a schedule.
 template <typename Add>
-[[gnu::always_inline]] inline void ForBlocks(int depth, int strips, Prefetch* prefetch,
-                                             Add add) {
+[[gnu::always_inline]] inline void ForBlocks(int depth, int some, int strips,
+                                             Prefetch* prefetch, Add add) {
   const int last = depth / kDepth;
   for (int block = 0; block < last;) {
-    PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2 / strips);
+    PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2 * some / strips);
     for (const int end = block + run.steps; block < end; ++block) {
       for (int i = 0; i < run.lines_per_step; ++i, run.line += kCacheLine) {
         _mm_prefetch(run.line, _MM_HINT_T1);
@@ -50,19 +51,33 @@ template <typename Add>
   }
 }
 
-template <int kRows, typename AddStrip>
+// Of a strip, for every row.
+template <int kRows>
+using PairSums = __m512[kRows][2];
+
+// Calls add_strips(first strip, sums) for kStrips strips at a time, then for the rest.
+template <int kRows, int kStrips, typename AddStrips>
 [[gnu::always_inline]] inline void DotStrips(const QuantPanel& panel, float* c,
-                                             AddStrip add_strip) {
-  for (int s = 0; s < panel.strips; ++s) {
-    __m512 sum[kRows][2];
+                                             AddStrips add_strips, int strip = 0) {
+  for (; strip + kStrips <= panel.strips; strip += kStrips) {
+    PairSums<kRows> sum[kStrips];
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    add_strip(s, sum);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      _mm512_storeu_ps(c + r * kPanel + kStrip * s * panel.apart,
-                       _mm512_add_ps(sum[r][0], sum[r][1]));
+      for (int r = 0; r < kRows; ++r) sum[s][r][0] = sum[s][r][1] = _mm512_setzero_ps();
     }
+    add_strips(strip, sum);
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        _mm512_storeu_ps(c + r * kPanel + kStrip * (strip + s) * panel.apart,
+                         _mm512_add_ps(sum[s][r][0], sum[s][r][1]));
+      }
+    }
+  }
+  if constexpr (kStrips > 1) {
+    DotStrips<kRows, kStrips / 2>(panel, c, add_strips, strip);
   }
 }
 
@@ -85,30 +100,41 @@ struct DotPanel {
   template <int kRows>
   static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
                   float* c, Prefetch* prefetch) {
+    using Decoder = Avx512Decoder<L>;
+    // As many strips at a time as registers have room for. Decoding 8 bits, or blocks,
+    // takes longer than the products of a strip wait for one another.
+    constexpr int kMost = L::kCodeBits == 8 ? 1 : kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
     const ptrdiff_t code_stride = 64 * panel.strips;
     const int group_blocks = panel.group / kDepth;
-    DotStrips<kRows>(panel, c, [&](int strip, __m512(&sum)[kRows][2]) {
-      const uint8_t* codes = panel.codes + 64 * strip;
-      typename Avx512Decoder<L>::Row row;
-      bool ordinary = false;
-      int row_end = 0;
-      ForBlocks(depth, panel.strips, prefetch, [&](int block) {
-        if (block == row_end) {
-          const int64_t group = block / group_blocks;
-          ordinary = Avx512Decoder<L>::LoadRow(
-              panel, (group * panel.strips + strip) * kStrip, row);
-          row_end += group_blocks;
-        }
-        const bf16* at = a + block * kDepth;
-        if (ordinary) [[likely]] {
-          Avx512Decoder<L>::Pairs(row, codes, code_stride,
-                                  PairDot<kRows>{at, a_stride, sum});
-        } else {
-          AddRareStrip<L, kRows>(panel, block, strip, at, a_stride, sum);
-        }
-        codes += L::kLines * code_stride;
-      });
-    });
+    DotStrips<kRows, kMost>(
+        panel, c, [&]<int kStrips>(int strip, PairSums<kRows>(&sum)[kStrips]) {
+          const uint8_t* codes = panel.codes + 64 * strip;
+          typename Decoder::Row row[kStrips];
+          bool ordinary[kStrips] = {};
+          int row_end = 0;
+          ForBlocks(depth, kStrips, panel.strips, prefetch, [&](int block) {
+            if (block == row_end) {
+              const int64_t group = block / group_blocks;
+#pragma GCC unroll 4
+              for (int s = 0; s < kStrips; ++s) {
+                ordinary[s] = Decoder::LoadRow(
+                    panel, (group * panel.strips + strip + s) * kStrip, row[s]);
+              }
+              row_end += group_blocks;
+            }
+            const bf16* at = a + block * kDepth;
+#pragma GCC unroll 4
+            for (int s = 0; s < kStrips; ++s) {
+              if (ordinary[s]) [[likely]] {
+                Decoder::Pairs(row[s], codes + 64 * s, code_stride,
+                               PairDot<kRows>{at, a_stride, sum[s]});
+              } else {
+                AddRareStrip<L, kRows>(panel, block, strip + s, at, a_stride, sum[s]);
+              }
+            }
+            codes += L::kLines * code_stride;
+          });
+        });
   }
 };
 
@@ -117,12 +143,17 @@ struct DotBlocks {
   template <int kRows>
   static void Run(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int depth,
                   float* c, Prefetch* prefetch) {
-    DotStrips<kRows>(panel, c, [&](int strip, __m512(&sum)[kRows][2]) {
-      ForBlocks(depth, panel.strips, prefetch, [&](int block) {
-        Avx512BlockDecoder<kFormat>::Pairs(
-            panel, block, strip, PairDot<kRows>{a + block * kDepth, a_stride, sum});
-      });
-    });
+    DotStrips<kRows, 1>(
+        panel, c, [&]<int kStrips>(int strip, PairSums<kRows>(&sum)[kStrips]) {
+          ForBlocks(depth, kStrips, panel.strips, prefetch, [&](int block) {
+#pragma GCC unroll 4
+            for (int s = 0; s < kStrips; ++s) {
+              Avx512BlockDecoder<kFormat>::Pairs(
+                  panel, block, strip + s,
+                  PairDot<kRows>{a + block * kDepth, a_stride, sum[s]});
+            }
+          });
+        });
   }
 };
 

@@ -2,8 +2,9 @@
 //
 // 16 rows multiply up to four strips at a time: five tile loads for four products. The
 // int32 tiles of a group go through a buffer in L1, where they are scaled and added to
-// c; the products of the next group run meanwhile. 4-bit codes are unpacked to bytes a
-// group at a time (8 KiB), for all rows of the call. Rows that are no multiple of 16
+// totals, and these to c where a group of the rows ends; the products of the next group
+// run meanwhile. 4-bit codes are unpacked to bytes kInt8Group depths at a time (8 KiB),
+// for all rows of the call. Rows that are no multiple of 16
 // take a pass of their own with smaller tiles, so that no tile holds rows that are not
 // there.
 //
@@ -36,7 +37,6 @@ struct AmxInt8Product {
   const QuantPanel& b;
   int depth;
   float* c;
-  bool accumulate;
   Prefetch* prefetch;
 };
 
@@ -75,25 +75,28 @@ inline void PrefetchPairs(Prefetch* prefetch, int pairs) {
   }
 }
 
-// c[r] (+)= (sums[r] - zero * a.sums[r]) * scales for the rows [row, row + rows) of c
-// and group g, of `count` depths from `begin` on. Fetches, row by row, what the group's
-// depths stand for.
+// total[r] (+)= (sums[r] - zero * a.sums[r]) * scales for the rows [row, row + rows) of
+// c and the group of `count` depths from `begin` on; then, where a group of the rows
+// ends, c (+)= total * row scale. Fetches, row by row, what the group's depths stand
+// for.
 template <int kStrips>
-void ScaleTiles(const AmxInt8Product& p, int g, int begin, int count, int row, int rows,
-                const int32_t* sums) {
+void ScaleTiles(const AmxInt8Product& p, int begin, int count, int row, int rows,
+                const int32_t* sums, float* totals) {
   F32x16 scales[kStrips], zeros[kStrips];
   for (int strip = 0; strip < kStrips; ++strip) {
     const ptrdiff_t place = ScalePlace(p.b, begin) + strip * kStrip;
     LoadScales(p.format, p.b, place, scales[strip]);
     LoadZeros(p.format, p.b, place, zeros[strip]);
   }
-  const bool add = p.accumulate || g > 0;
+  const bool first = begin % kInt8Group == 0;
+  const bool last = EndsRowGroup(p.depth, begin + count);
   const int pairs_per_row = static_cast<int>(CeilDiv(count / 2, rows));
   for (int r = 0; r < rows; ++r) {
     if (p.prefetch) PrefetchPairs(p.prefetch, pairs_per_row);
-    const ptrdiff_t row_place = (row + r) * p.a.group_stride + g;
-    const F32x16 minus = F32x16{} - static_cast<float>(p.a.sums[row_place]);
-    const float row_scale = p.a.scales[row_place];
+    const int32_t row_sum = p.a.sums[(row + r) * p.a.sum_stride + begin / p.a.group];
+    const F32x16 minus = F32x16{} - static_cast<float>(row_sum);
+    const F32x16 row_scale =
+        F32x16{} + p.a.scales[(row + r) * p.a.scale_stride + begin / kInt8Group];
     float* c = p.c + (row + r) * kPanel;
 #pragma GCC unroll 4
     for (int strip = 0; strip < kStrips; ++strip) {
@@ -103,9 +106,16 @@ void ScaleTiles(const AmxInt8Product& p, int g, int begin, int count, int row, i
       F32x16 sum = __builtin_convertvector(tile_row, F32x16);
       AddProduct(sum, minus, zeros[strip]);
       F32x16 total = {};
-      if (add) Load(c + strip * kStrip, total);
-      AddProduct(total, sum, row_scale * scales[strip]);
-      Store(total, c + strip * kStrip);
+      if (!first) Load(totals + r * kPanel + strip * kStrip, total);
+      AddProduct(total, sum, scales[strip]);
+      if (!last) {
+        Store(total, totals + r * kPanel + strip * kStrip);
+        continue;
+      }
+      F32x16 result = {};
+      if (begin >= kInt8Group) Load(c + strip * kStrip, result);
+      AddProduct(result, total, row_scale);
+      Store(result, c + strip * kStrip);
     }
   }
 }
@@ -114,8 +124,8 @@ template <typename Tiles>
 class AmxInt8Gemm {
  public:
   static void Gemm(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
-                   int depth, int rows, float* c, bool accumulate, Prefetch* prefetch) {
-    const AmxInt8Product product = {format, a, b, depth, c, accumulate, prefetch};
+                   int depth, int rows, float* c, Prefetch* prefetch) {
+    const AmxInt8Product product = {format, a, b, depth, c, prefetch};
     switch (b.strips) {
       case 1:
         return Rows<1>(product, rows);
@@ -162,17 +172,21 @@ class AmxInt8Gemm {
     const int bits = CodeBits(p.format);
     alignas(64) uint8_t bytes[kInt8Group * kStrip * kStrips];
     alignas(64) int32_t sums[kTileMaxRows * kPanel];
-    for (int g = 0, begin = 0; begin < p.depth; ++g, begin += p.a.group) {
-      const int count = GroupDepth(p.depth, p.a.group, g);
-      const uint8_t* codes = p.b.codes + begin * bits / 32 * kLanes<kStrips>;
+    alignas(64) float totals[kTileMaxRows * kPanel];
+    for (int block = 0; block < p.depth; block += kInt8Group) {
+      const int depth = GroupDepth(p.depth, block);
+      const uint8_t* codes = p.b.codes + block * bits / 32 * kLanes<kStrips>;
       if (bits == 4) {
-        UnpackNibbles(codes, count, kStrips, bytes);
+        UnpackNibbles(codes, depth, kStrips, bytes);
         codes = bytes;
       }
       for (int first = row; first < end; first += tile_rows) {
-        const int8_t* values = p.a.values + first * p.a.stride + begin;
-        Multiply<kStrips>(values, p.a.stride, codes, count, sums);
-        ScaleTiles<kStrips>(p, g, begin, count, first, tile_rows, sums);
+        for (int at = 0; at < depth; at += p.a.group) {
+          const int count = GroupDepth(depth, at, p.a.group);
+          Multiply<kStrips>(p.a.values + first * p.a.stride + block + at, p.a.stride,
+                            codes + at / kLaneBytes * kLanes<kStrips>, count, sums);
+          ScaleTiles<kStrips>(p, block + at, count, first, tile_rows, sums, totals);
+        }
       }
     }
   }

@@ -3,15 +3,20 @@
 // A tile of rows and strips goes through the depths of a group with its sums in
 // registers, starting from -zero * (sum of the row's codes), and is then scaled and
 // added to c in L1. With VNNI, 6 x 4 sums and a group of 128 are 768 products, and then
-// 24 conversions, multiplications and fused multiply-adds: 9 parts in 100.
+// 24 conversions, multiplications, fused multiply-adds and stores: 13 parts in 100.
 //
-// c[r][n] sees its groups in ascending order with one rounding each, whatever tile its
+// Smaller groups of weights are too short for that: on Zen 5 a store of 64 bytes takes
+// the place of two products. Their float32 sums are in registers as well, in smaller
+// tiles, until a group of the rows ends.
+//
+// c[r][n] sees its groups in ascending order with the same roundings, whatever tile its
 // row falls into.
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_INT8_GEMM_H_
 #define KTJAX_FFI_GEMM_INT8_GEMM_H_
 
 #include <cstring>
+#include <utility>
 
 #include "gemm/int8_rows.h"
 #include "gemm/int8_vector.h"
@@ -32,6 +37,8 @@ constexpr int kInt8TileRows =
 
 template <int kRows, int kStrips>
 using Int8Sums = IntVector::Int[kRows][kStrips * kIntVectorsPerStrip];
+template <int kRows, int kStrips>
+using FloatSums = IntVector::Float[kRows][kStrips * kIntVectorsPerStrip];
 
 // The arguments of gemm_int8 that all steps need.
 struct Int8Product {
@@ -62,24 +69,31 @@ template <int kBits, int kPart, int kRows, int kStrips>
   }
 }
 
-// sum += a . codes over the `steps` rows of 32-bit lanes of a run.
+// sum += a . codes over a row of 32-bit lanes; a moves on.
+template <int kBits, int kRows, int kStrips>
+[[gnu::always_inline]] inline void AddLane(RowOperands& a, const uint8_t* codes,
+                                           Int8Sums<kRows, kStrips>& sum) {
+  constexpr int kParts = Int8Dot::kParts<kBits>;
+  AddPart<kBits, 0, kRows, kStrips>(a, codes, sum);
+  if constexpr (kParts > 1) AddPart<kBits, 1, kRows, kStrips>(a, codes, sum);
+  if constexpr (kParts > 2) AddPart<kBits, 2, kRows, kStrips>(a, codes, sum);
+  if constexpr (kParts > 3) AddPart<kBits, 3, kRows, kStrips>(a, codes, sum);
+  a.at += 32 / kBits;
+}
+
+// The same over the rows of a run.
 template <bool kNear, int kBits, int kRows, int kStrips>
 [[gnu::always_inline]] inline void AddRun(RowOperands& a, const uint8_t*& codes,
                                           ptrdiff_t codes_stride, PrefetchRun run,
                                           Int8Sums<kRows, kStrips>& sum) {
-  constexpr int kParts = Int8Dot::kParts<kBits>;
   for (int step = 0; step < run.steps; ++step) {
-    run.FetchStep<kNear>();
-    AddPart<kBits, 0, kRows, kStrips>(a, codes, sum);
-    if constexpr (kParts > 1) AddPart<kBits, 1, kRows, kStrips>(a, codes, sum);
-    if constexpr (kParts > 2) AddPart<kBits, 2, kRows, kStrips>(a, codes, sum);
-    if constexpr (kParts > 3) AddPart<kBits, 3, kRows, kStrips>(a, codes, sum);
-    a.at += 32 / kBits;
+    run.Fetch<kNear>(run.lines_per_step);
+    AddLane<kBits, kRows, kStrips>(a, codes, sum);
     codes += codes_stride;
   }
 }
 
-// The same over `steps` of them.
+// The same over `steps` rows.
 template <int kBits, int kRows, int kStrips>
 [[gnu::always_inline]] inline void AddLanes(RowOperands a, const uint8_t* codes,
                                             ptrdiff_t codes_stride, int steps,
@@ -96,7 +110,7 @@ template <int kBits, int kRows, int kStrips>
   }
 }
 
-// sum[r][n] = -zero[n] * a.sums[r], for the scales and zeros from `place` on.
+// sum[r][n] = -zero[n] * row_sums[r], for the zeros from `place` on.
 template <int kRows, int kStrips>
 [[gnu::always_inline]] inline void StartSums(const Int8Product& p, ptrdiff_t place,
                                              const int32_t* row_sums,
@@ -114,7 +128,7 @@ template <int kRows, int kStrips>
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     const IntVector::Int minus =
-        IntVector::Broadcast(-row_sums[r * p.a.group_stride] & 0xffff);
+        IntVector::Broadcast(-row_sums[r * p.a.sum_stride] & 0xffff);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = IntVector::MulPairs(zeros[v], minus);
@@ -161,102 +175,267 @@ template <int kRows, int kStrips>
   }
 }
 
-// kRows rows through all groups, kStrips strips at a time.
+// c = 0 in kRows rows.
+template <int kRows>
+inline void ClearRows(float* c, int strips) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kStrip * strips; n += IntVector::kLanes) {
+      IntVector::Store(IntVector::Zero(), c + r * kPanel + n);
+    }
+  }
+}
+
+// kRows rows through all groups of kInt8Group, kStrips strips at a time.
 template <int kBits, int kRows, int kStrips>
-void Int8Tile(const Int8Product& p, int row, int depth, bool accumulate,
-              Prefetch* prefetch) {
+void Int8Tile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
   const Int8Rows& a = p.a;
   const QuantPanel& b = p.b;
   alignas(64) char buffer[kRows * Int8Dot::kBufferBytes + 1];
   const ptrdiff_t lanes = 4 * kStrip * b.strips;
   alignas(64) float scale_buffer[kStrips * kStrip];
   float* c = p.c + row * kPanel;
-  if (!accumulate) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int n = 0; n < kStrip * b.strips; n += IntVector::kLanes) {
-        IntVector::Store(IntVector::Zero(), c + r * kPanel + n);
-      }
-    }
-  }
-  for (int g = 0, begin = 0; begin < depth; ++g, begin += a.group) {
-    const int count = GroupDepth(depth, a.group, g);
+  ClearRows<kRows>(c, b.strips);
+  for (int g = 0, begin = 0; begin < depth; ++g, begin += kInt8Group) {
+    const int count = GroupDepth(depth, begin);
     const RowOperands operands = Int8Dot::Rows(a.values + row * a.stride + begin,
                                                a.stride, kRows, count, buffer);
     const uint8_t* codes = b.codes + begin * kBits / 32 * lanes;
-    const ptrdiff_t row_place = row * a.group_stride + g;
     for (int strip = 0; strip < b.strips; strip += kStrips) {
       const ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
       const float* scales = GroupScales<kStrips>(p, place, scale_buffer);
       Int8Sums<kRows, kStrips> sum;
-      StartSums<kRows, kStrips>(p, place, a.sums + row_place, sum);
+      StartSums<kRows, kStrips>(p, place, a.sums + row * a.sum_stride + g, sum);
       // The first sweep of a group fetches: the groups are the clock.
       AddLanes<kBits, kRows, kStrips>(operands, codes + 4 * kStrip * strip, lanes,
                                       count * kBits / 32, sum,
                                       strip ? nullptr : prefetch);
-      ScaleSums<kRows, kStrips>(scales, a.scales + row_place, a.group_stride, sum,
-                                c + strip * kStrip);
+      ScaleSums<kRows, kStrips>(scales, a.scales + row * a.scale_stride + g,
+                                a.scale_stride, sum, c + strip * kStrip);
     }
   }
 }
 
-// Tiles that the registers do not hold are not compiled.
-template <int kRows, int kStrips>
-constexpr int kHeld = kRows <= kInt8TileRows<kStrips> ? kRows : 1;
+// How the weights' groups within a group of rows are.
+template <int kGroupDepths, bool kZeroPoints>
+struct SmallGroups {
+  static constexpr int kDepths = kGroupDepths;
+  static constexpr bool kZeros = kZeroPoints;
+  static constexpr int kBits = 4;
+  static constexpr int kSteps = kDepths * kBits / 32;  // rows of 32-bit lanes
+  static constexpr int kCount = kInt8Group / kDepths;
+};
 
-template <int kBits, int kStrips>
-void Int8Tiles(const Int8Product& p, int depth, int rows, bool accumulate,
-               Prefetch* prefetch) {
-  using TileFn = void (*)(const Int8Product&, int, int, bool, Prefetch*);
-  static constexpr TileFn kTiles[] = {
-      Int8Tile<kBits, 1, kStrips>,
-      Int8Tile<kBits, 2, kStrips>,
-      Int8Tile<kBits, 3, kStrips>,
-      Int8Tile<kBits, 4, kStrips>,
-      Int8Tile<kBits, 5, kStrips>,
-      Int8Tile<kBits, 6, kStrips>,
-      Int8Tile<kBits, kHeld<7, kStrips>, kStrips>,
-      Int8Tile<kBits, kHeld<8, kStrips>, kStrips>,
-      Int8Tile<kBits, kHeld<9, kStrips>, kStrips>,
-      Int8Tile<kBits, kHeld<10, kStrips>, kStrips>,
-      Int8Tile<kBits, kHeld<11, kStrips>, kStrips>,
-      Int8Tile<kBits, kHeld<12, kStrips>, kStrips>,
-  };
-  constexpr int kMost = kInt8TileRows<kStrips>;
-  // Equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
+// What the sums of kRows rows start from, in the groups of kInt8Group depths from
+// `begin` on: -zero * (sum of the row's codes), or with zero points minus that sum, as
+// the lower of two 16-bit integers.
+template <typename G, int kRows>
+struct GroupStarts {
+  int32_t value[kRows][G::kCount];
+
+  [[gnu::always_inline]] GroupStarts(const Int8Product& p, int row, int begin,
+                                     int groups) {
+    const int zero = CodeOfZero(p.format);
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t* sums = p.a.sums + (row + r) * p.a.sum_stride + begin / G::kDepths;
+      for (int g = 0; g < groups; ++g) {
+        value[r][g] = G::kZeros ? -sums[g] & 0xffff : -zero * sums[g];
+      }
+    }
+  }
+
+  // The same as StartSums.
+  template <int kStrips>
+  [[gnu::always_inline]] void Start(int g, const uint8_t* zeros,
+                                    Int8Sums<kRows, kStrips>& sum) const {
+    constexpr int kVectors = kStrips * kIntVectorsPerStrip;
+    IntVector::Int zero[kVectors];
+    if constexpr (G::kZeros) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        zero[v] = IntVector::WidenBytes(zeros + IntVector::kLanes * v);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const IntVector::Int start = IntVector::Broadcast(value[r][g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = G::kZeros ? IntVector::MulPairs(zero[v], start) : start;
+      }
+    }
+  }
+};
+
+// total += sum * scales, for the scales from `place` on.
+template <int kRows, int kStrips>
+[[gnu::always_inline]] inline void AddToTotals(const Int8Product& p, ptrdiff_t place,
+                                               const Int8Sums<kRows, kStrips>& sum,
+                                               FloatSums<kRows, kStrips>& total) {
+  constexpr int kVectors = kStrips * kIntVectorsPerStrip;
+  IntVector::Float scale[kVectors];
+  const bool bf16_scales = p.format.scale == ScaleType::kBf16;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const ptrdiff_t at = place + IntVector::kLanes * v;
+    scale[v] = bf16_scales
+                   ? IntVector::LoadFloat(static_cast<const bf16*>(p.b.scales) + at)
+                   : IntVector::LoadFloat(static_cast<const float*>(p.b.scales) + at);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      total[r][v] =
+          IntVector::MulAdd(IntVector::ToFloat(sum[r][v]), scale[v], total[r][v]);
+    }
+  }
+}
+
+// Int8Tile for weights in smaller groups, of which depth is a multiple.
+template <typename G, int kRows, int kStrips>
+void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
+  constexpr int kVectors = kStrips * kIntVectorsPerStrip;
+  const Int8Rows& a = p.a;
+  const QuantPanel& b = p.b;
+  alignas(64) char buffer[kRows * Int8Dot::kBufferBytes + 1];
+  const ptrdiff_t lanes = 4 * kStrip * b.strips;
+  float* c = p.c + row * kPanel;
+  ClearRows<kRows>(c, b.strips);
+  PrefetchRun run{.steps = 0};
+  for (int begin = 0; begin < depth; begin += kInt8Group) {
+    const int count = GroupDepth(depth, begin);
+    const int groups = count / G::kDepths;
+    const RowOperands operands = Int8Dot::Rows(a.values + row * a.stride + begin,
+                                               a.stride, kRows, count, buffer);
+    const GroupStarts<G, kRows> starts(p, row, begin, groups);
+    const float* row_scales = a.scales + row * a.scale_stride + begin / kInt8Group;
+    for (int strip = 0; strip < b.strips; strip += kStrips) {
+      const uint8_t* codes =
+          b.codes + begin * G::kBits / 32 * lanes + 4 * kStrip * strip;
+      ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
+      FloatSums<kRows, kStrips> total;
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) total[r][v] = IntVector::Zero();
+      }
+      RowOperands at = operands;
+      int g = 0;
+      do {
+        int lines = 0;  // of a step; the first sweep fetches
+        if (strip == 0) {
+          if (run.steps == 0) {
+            run = NextRun(prefetch, (depth - begin) / G::kDepths - g, G::kDepths / 2,
+                          G::kSteps);
+          }
+          --run.steps;
+          lines = run.lines_per_step / G::kSteps;
+        }
+        Int8Sums<kRows, kStrips> sum;
+        starts.template Start<kStrips>(g, G::kZeros ? b.zeros + place : nullptr, sum);
+        // Unrolled: gcc 12 copies and spills the sums of a loop.
+#pragma GCC unroll 8
+        for (int step = 0; step < G::kSteps; ++step) {
+          run.near ? run.Fetch<true>(lines) : run.Fetch<false>(lines);
+          AddLane<G::kBits, kRows, kStrips>(at, codes, sum);
+          codes += lanes;
+        }
+        AddToTotals<kRows, kStrips>(p, place, sum, total);
+        place += kStrip * b.strips;
+      } while (++g < groups);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const IntVector::Float row_scale =
+            IntVector::BroadcastFloat(row_scales[r * a.scale_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* dst = c + r * kPanel + kStrip * strip + IntVector::kLanes * v;
+          IntVector::Store(
+              IntVector::MulAdd(total[r][v], row_scale, IntVector::LoadFloat(dst)),
+              dst);
+        }
+      }
+    }
+  }
+}
+
+using Int8TileFn = void (*)(const Int8Product&, int, int, Prefetch*);
+template <size_t kMost>
+struct Int8TileTable {
+  Int8TileFn tile[kMost];
+};
+
+// All rows in equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. tiles[i] takes i + 1.
+template <int kMost>
+void RunInt8Tiles(const Int8TileFn (&tiles)[kMost], const Int8Product& p, int depth,
+                  int rows, Prefetch* prefetch) {
   int row = 0;
-  for (int tiles = (rows + kMost - 1) / kMost; tiles > 0; --tiles) {
-    const int count = (rows - row + tiles - 1) / tiles;
-    kTiles[count - 1](p, row, depth, accumulate, prefetch);
+  for (int left = (rows + kMost - 1) / kMost; left > 0; --left) {
+    const int count = (rows - row + left - 1) / left;
+    tiles[count - 1](p, row, depth, prefetch);
     row += count;
   }
 }
 
+template <int kBits, int kStrips>
+void Int8Tiles(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
+  static constexpr auto kTiles = []<size_t... kRow>(std::index_sequence<kRow...>) {
+    return Int8TileTable<sizeof...(kRow)>{{Int8Tile<kBits, kRow + 1, kStrips>...}};
+  }(std::make_index_sequence<kInt8TileRows<kStrips>>());
+  RunInt8Tiles(kTiles.tile, p, depth, rows, prefetch);
+}
+
 template <int kBits>
-void Int8Strips(const Int8Product& p, int depth, int rows, bool accumulate,
-                Prefetch* prefetch) {
+void Int8Strips(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
   if constexpr (IntVector::kTileStrips > 1) {
     switch (p.b.strips) {
       case 1:
         break;
       case 2:
-        return Int8Tiles<kBits, 2>(p, depth, rows, accumulate, prefetch);
+        return Int8Tiles<kBits, 2>(p, depth, rows, prefetch);
       case 3:
-        return Int8Tiles<kBits, 3>(p, depth, rows, accumulate, prefetch);
+        return Int8Tiles<kBits, 3>(p, depth, rows, prefetch);
       default:
-        return Int8Tiles<kBits, 4>(p, depth, rows, accumulate, prefetch);
+        return Int8Tiles<kBits, 4>(p, depth, rows, prefetch);
     }
   }
-  Int8Tiles<kBits, 1>(p, depth, rows, accumulate, prefetch);
+  Int8Tiles<kBits, 1>(p, depth, rows, prefetch);
+}
+
+// As many strips at a time as there are registers for sums and totals.
+template <typename G>
+void SmallGroupTiles(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
+  static constexpr Int8TileFn kSingle[] = {
+      SmallGroupTile<G, 1, 1>, SmallGroupTile<G, 2, 1>, SmallGroupTile<G, 3, 1>,
+      SmallGroupTile<G, 4, 1>, SmallGroupTile<G, 5, 1>, SmallGroupTile<G, 6, 1>};
+  if constexpr (IntVector::kTileStrips > 1) {
+    static constexpr Int8TileFn kPairs[] = {
+        SmallGroupTile<G, 1, 2>, SmallGroupTile<G, 2, 2>, SmallGroupTile<G, 3, 2>,
+        SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
+    static constexpr Int8TileFn kPanels[] = {
+        SmallGroupTile<G, 1, 4>, SmallGroupTile<G, 2, 4>, SmallGroupTile<G, 3, 4>,
+        SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
+    if (p.b.strips == 4) return RunInt8Tiles(kPanels, p, depth, rows, prefetch);
+    if (p.b.strips == 2) return RunInt8Tiles(kPairs, p, depth, rows, prefetch);
+  }
+  RunInt8Tiles(kSingle, p, depth, rows, prefetch);
 }
 
 inline void Int8Gemm(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
-                     int depth, int rows, float* c, bool accumulate,
-                     Prefetch* prefetch) {
-  const Int8Product product = {format, a, b, c};
+                     int depth, int rows, float* c, Prefetch* prefetch) {
+  const Int8Product p = {format, a, b, c};
+  const auto small_groups = [&]<int kDepths>() {
+    return b.zeros ? SmallGroupTiles<SmallGroups<kDepths, true>>
+                   : SmallGroupTiles<SmallGroups<kDepths, false>>;
+  };
   if (CodeBits(format) == 8) {
-    Int8Strips<8>(product, depth, rows, accumulate, prefetch);
+    Int8Strips<8>(p, depth, rows, prefetch);
+  } else if (a.group == 32) {
+    small_groups.template operator()<32>()(p, depth, rows, prefetch);
+  } else if (a.group == 64) {
+    small_groups.template operator()<64>()(p, depth, rows, prefetch);
   } else {
-    Int8Strips<4>(product, depth, rows, accumulate, prefetch);
+    Int8Strips<4>(p, depth, rows, prefetch);
   }
 }
 

@@ -32,18 +32,18 @@ void AddCodes(const int8_t* a, const uint8_t* codes, ptrdiff_t stride, int depth
 
 inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
                              const QuantPanel& b, int depth, int rows, float* c,
-                             bool accumulate, Prefetch*) {
+                             Prefetch*) {
   const int bits = CodeBits(format);
   const ptrdiff_t lanes = 4 * kStrip * b.strips;
   for (int r = 0; r < rows; ++r) {
+    const float* row_scales = a.scales + r * a.scale_stride;
+    const int32_t* row_sums = a.sums + r * a.sum_stride;
     for (int strip = 0; strip < b.strips; ++strip) {
-      float* out = c + r * kPanel + strip * kStrip;
-      F32x16 total = {};
-      if (accumulate) Load(out, total);
-      for (int g = 0, begin = 0; begin < depth; ++g, begin += a.group) {
+      F32x16 total = {}, group_total = {};
+      for (int begin = 0; begin < depth; begin += a.group) {
         const int8_t* values = a.values + r * a.stride + begin;
         const uint8_t* codes = b.codes + begin * bits / 32 * lanes + strip * 4 * kStrip;
-        const int count = GroupDepth(depth, a.group, g);
+        const int count = GroupDepth(depth, begin, a.group);
         F32x16 sum = {};
         if (bits == 8) {
           AddCodes<8>(values, codes, lanes, count, sum);
@@ -51,13 +51,17 @@ inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
           AddCodes<4>(values, codes, lanes, count, sum);
         }
         const ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
-        const float row_sum = static_cast<float>(a.sums[r * a.group_stride + g]);
+        const float row_sum = static_cast<float>(row_sums[begin / a.group]);
         F32x16 scales, zeros;
         LoadScales(format, b, place, scales);
         LoadZeros(format, b, place, zeros);
-        total += (sum - row_sum * zeros) * (a.scales[r * a.group_stride + g] * scales);
+        group_total += (sum - row_sum * zeros) * scales;
+        if (EndsRowGroup(depth, begin + a.group)) {
+          total += group_total * row_scales[begin / kInt8Group];
+          group_total = F32x16{};
+        }
       }
-      Store(total, out);
+      Store(total, c + r * kPanel + strip * kStrip);
     }
   }
 }

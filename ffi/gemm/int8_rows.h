@@ -28,10 +28,15 @@ inline int CodeOfZero(const FormatSpec& format) {
   return format.code == Code::kInt8 ? 128 : 8;
 }
 
-// Depths of group g of rows, rounded up to what the operands hold.
-inline int GroupDepth(int depth, int group, int g) {
-  const int left = depth - g * group;
+// Depths of a group that begins at `begin`, rounded up to what the operands hold.
+inline int GroupDepth(int depth, int begin, int group = kInt8Group) {
+  const int left = depth - begin;
   return left < group ? static_cast<int>(RoundUp(left, kDepth)) : group;
+}
+
+// Whether depths that share a scale in the rows end at `end`.
+inline bool EndsRowGroup(int depth, int end) {
+  return end % kInt8Group == 0 || end >= depth;
 }
 
 // The first output's place among the panel's scales (and zeros) for depths from `begin`
@@ -60,10 +65,10 @@ inline void LoadZeros(const FormatSpec& format, const QuantPanel& b, ptrdiff_t p
   zeros = __builtin_convertvector(__builtin_convertvector(codes, I32x16), F32x16);
 }
 
-// One group of `count` values: its codes, their sum and their scale. Loops that the
-// compiler vectorises.
-inline float QuantizeGroup(const bf16* high, const bf16* low, int count, int8_t* codes,
-                           int32_t* code_sum) {
+// One group of `count` values: its codes, padded to kDepth, and its scale. Loops that
+// the compiler vectorises.
+inline float QuantizeGroup(const bf16* high, const bf16* low, int count,
+                           int8_t* codes) {
   const int padded = static_cast<int>(RoundUp(count, kDepth));
   float values[kInt8Group];
   for (int i = 0; i < count; ++i) values[i] = ToFloat(high[i]);
@@ -81,35 +86,41 @@ inline float QuantizeGroup(const bf16* high, const bf16* low, int count, int8_t*
   const bool finite = magnitude < 0x7f800000;
   if (!finite || scale < kLeastNormal) {
     std::memset(codes, 0, static_cast<size_t>(padded));
-    *code_sum = 0;
     return finite ? 0 : std::numeric_limits<float>::quiet_NaN();
   }
   // |v / scale| <= 127 (1 + 2^-22), so no code is beyond 127. Adding 1.5 * 2^23 rounds
   // to an integer, which is then in the low bits.
   constexpr float kMagic = 12582912.0f;
   constexpr int32_t kMagicBits = 0x4b400000;
-  int32_t sum = 0;
   for (int i = 0; i < padded; ++i) {
     const float shifted = values[i] / scale + kMagic;
-    const int32_t code = __builtin_bit_cast(int32_t, shifted) - kMagicBits;
-    codes[i] = static_cast<int8_t>(code);
-    sum += code;
+    codes[i] = static_cast<int8_t>(__builtin_bit_cast(int32_t, shifted) - kMagicBits);
   }
-  *code_sum = sum;
   return scale;
+}
+
+// dst.sums of a row of codes.
+inline void SumCodes(const int8_t* codes, int depth, int group, int32_t* sums) {
+  for (int begin = 0; begin < depth; begin += group) {
+    const int count = depth - begin < group ? depth - begin : group;
+    int32_t sum = 0;
+    for (int i = 0; i < count; ++i) sum += codes[begin + i];
+    *sums++ = sum;
+  }
 }
 
 inline void QuantizeRows(SplitRows src, int rows, int depth, const Int8Rows& dst) {
   for (int r = 0; r < rows; ++r) {
-    const ptrdiff_t place = r * dst.group_stride;
     const bf16* high = src.high + r * src.stride;
     const bf16* low = src.low ? high + src.low : nullptr;
-    for (int begin = 0, g = 0; begin < depth; begin += dst.group, ++g) {
-      const int count = depth - begin < dst.group ? depth - begin : dst.group;
-      dst.scales[place + g] =
-          QuantizeGroup(high + begin, low ? low + begin : nullptr, count,
-                        dst.values + r * dst.stride + begin, &dst.sums[place + g]);
+    int8_t* codes = dst.values + r * dst.stride;
+    float* scale = dst.scales + r * dst.scale_stride;
+    for (int begin = 0; begin < depth; begin += kInt8Group) {
+      const int count = depth - begin < kInt8Group ? depth - begin : kInt8Group;
+      *scale++ = QuantizeGroup(high + begin, low ? low + begin : nullptr, count,
+                               codes + begin);
     }
+    SumCodes(codes, depth, dst.group, dst.sums + r * dst.sum_stride);
   }
 }
 

@@ -48,8 +48,9 @@ struct IntVector {
   }
   static void Store(Float value, float* dst) { _mm512_storeu_ps(dst, value); }
   static Float Zero() { return _mm512_setzero_ps(); }
+  static Float BroadcastFloat(float value) { return _mm512_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm512_cvtepi32_ps(value); }
-  static Float Mul(Float a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+  static Float Mul(Float a, float b) { return _mm512_mul_ps(a, BroadcastFloat(b)); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
@@ -83,8 +84,9 @@ struct IntVector {
   }
   static void Store(Float value, float* dst) { _mm256_storeu_ps(dst, value); }
   static Float Zero() { return _mm256_setzero_ps(); }
+  static Float BroadcastFloat(float value) { return _mm256_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm256_cvtepi32_ps(value); }
-  static Float Mul(Float a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
+  static Float Mul(Float a, float b) { return _mm256_mul_ps(a, BroadcastFloat(b)); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 };
 

@@ -114,21 +114,22 @@ struct SplitRows {
   ptrdiff_t low;
 };
 
+// The depths that share a scale in 8-bit rows. Sums of 128 products of 127 * 255 stay
+// below 2^24: exact in int32 and in float32 alike.
+inline constexpr int kInt8Group = 128;
+
 // Rows of signed 8-bit codes. What row r holds at depth d is
-//     values[r * stride + d] * scales[r * group_stride + d / group].
+//     values[r * stride + d] * scales[r * scale_stride + d / kInt8Group].
 // Codes are within +-127, and 0 from the depth up to its multiple of kDepth.
 struct Int8Rows {
   int8_t* values;
   ptrdiff_t stride;
   float* scales;
-  int32_t* sums;  // of the codes of a group, in the places of their scales
-  ptrdiff_t group_stride;
-  int group;  // a multiple of kDepth up to kInt8Group; a row's last one may be shorter
+  ptrdiff_t scale_stride;
+  int32_t* sums;  // of the codes of `group` depths: sums[r * sum_stride + d / group]
+  ptrdiff_t sum_stride;
+  int group;  // 32 or 64 where the weights have such groups, else kInt8Group
 };
-
-// The depths that share a scale in rows, unless the weights have smaller groups. Sums
-// of 128 products of 127 * 255 stay below 2^24: exact in int32 and in float32 alike.
-inline constexpr int kInt8Group = 128;
 
 // Element-wise steps between a product and memory, on a tile c (row stride kPanel).
 struct Epilogues {
@@ -281,23 +282,27 @@ struct Kernels {
 
   const Epilogues* epilogues;
 
-  // The product of 8-bit rows with a panel of integer codes (kInt8 or kInt4, with
-  // scales in float32 or bfloat16). For the groups g of a, in ascending order,
-  //   c[r][n] (+)= float(sum_d a[r][d] * code[d][n] - zero[n] * a.sums[r][g])
-  //                * (a.scales[r][g] * scale[n])           d in g, n < 16 * b.strips
-  // where the number in brackets is exact: no sum saturates or is rounded. zero[n] and
-  // scale[n] are those of the panel's group with g in it: b.group is a multiple of
-  // a.group, or not below `depth`. The panel is readable up to depth rounded up to
-  // kDepth. c, rows, `accumulate` and `prefetch` as for gemm.
+  // The product of 8-bit rows with a panel of integer codes: kInt8 with one scale for
+  // all depths, or kInt4, with scales in float32 or bfloat16. Over the groups G of
+  // kInt8Group depths and in each the groups g of a.group, in ascending order,
+  //   c[r][n] = sum_G a.scales[r][G] * sum_{g in G} scale[n] *
+  //             float(sum_{d in g} a[r][d] * code[d][n] - zero[n] * a.sums[r][g])
+  // for n < 16 * b.strips, where the number in brackets is exact: no sum saturates or
+  // is rounded. zero[n] and scale[n] are those of the panel's group with g in it:
+  // b.group is a.group where that is below kInt8Group, and depth is a multiple of it
+  // then; else b.group is a multiple of kInt8Group, or not below `depth`. The panel is
+  // readable up to depth rounded up to kDepth. c, rows and `prefetch` as for gemm.
   void (*gemm_int8)(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
-                    int depth, int rows, float* c, bool accumulate, Prefetch* prefetch);
+                    int depth, int rows, float* c, Prefetch* prefetch);
 
   // Fills dst's values (zeros up to depth rounded up to kDepth included), scales and
   // sums from rows of `depth` values: with the arithmetic of float32,
   //   scale = max |v| / 127, code = rint(v / scale)
-  // over a group; both are 0 where the scale would be below 2^-126. A NaN or an
-  // infinity in a group makes its scale NaN and its codes 0, so that results are NaN.
+  // over a group of kInt8Group; both are 0 where the scale would be below 2^-126. A NaN
+  // or an infinity in a group makes its scale NaN and its codes 0, so that results are
+  // NaN.
   void (*quantize_rows)(SplitRows src, int rows, int depth, const Int8Rows& dst);
+
   // Decodes a panel of quantised weights (format/format.h), depth pairs [first_pair,
   // first_pair + pairs), multiples of 16, into a panel of these depths: dst[pair -
   // first_pair][16 strips][2], which has 2 * pairs * 16 * strips elements, and `apart`

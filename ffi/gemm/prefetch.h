@@ -19,10 +19,10 @@ struct PrefetchRun {
   int steps;
   bool near = false;  // see Prefetch
 
-  // The lines of a step. A template, as the innermost loops should not test for it.
+  // The next `lines` of them. A template, as innermost loops should not test `near`.
   template <bool kNear>
-  [[gnu::always_inline]] void FetchStep() {
-    for (int i = 0; i < lines_per_step; ++i, line += kCacheLine) {
+  [[gnu::always_inline]] void Fetch(int lines) {
+    for (int i = 0; i < lines; ++i, line += kCacheLine) {
       __builtin_prefetch(line, 0, kNear ? 0 : 2);
     }
   }

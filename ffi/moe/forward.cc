@@ -18,12 +18,13 @@ class ForwardPass : Pass {
       const size_t rows = max_group_rows_;
       // Rows of a multiple of 4096 bytes would share their L1 sets.
       const ptrdiff_t stride = shard(s).width + 64;
-      const ptrdiff_t groups = CeilDiv(shard(s).width, Int8Group());
+      const ptrdiff_t scales = CeilDiv(shard(s).width, kInt8Group);
+      const ptrdiff_t sums = CeilDiv(shard(s).width, SumGroup());
       hidden_codes_.push_back(
           {workspace.Get<int8_t>(Workspace::kHiddenCodes, s, rows * stride), stride,
-           workspace.Get<float>(Workspace::kHiddenScales, s, rows * groups),
-           workspace.Get<int32_t>(Workspace::kHiddenSums, s, rows * groups), groups,
-           Int8Group()});
+           workspace.Get<float>(Workspace::kHiddenScales, s, rows * scales), scales,
+           workspace.Get<int32_t>(Workspace::kHiddenSums, s, rows * sums), sums,
+           SumGroup()});
     }
     if (rank()) {
       low_rank_ = backend_.workspace.Get<bf16>(

@@ -65,17 +65,19 @@ Scratch Pass::MakeScratch(Arena& arena) const {
   const size_t rank_rows = 2 * RoundUp(std::max(rank(), 1), kernels_.max_rows);
   const size_t expert_rows = RoundUp(std::max(max_expert_rows_, 1), kDepth);
   const size_t block_rows = std::max(max_block_rows_, 1);
-  const ptrdiff_t groups = CeilDiv(geometry_.hidden_padded(), Int8Group());
+  const ptrdiff_t scales = CeilDiv(geometry_.hidden_padded(), kInt8Group);
+  const ptrdiff_t sums = CeilDiv(geometry_.hidden_padded(), SumGroup());
   const size_t quantised_rows = int8() ? block_rows : 0;
   Scratch scratch;
   scratch.rows = {arena.Take<bf16>(parts * stride * block_rows),
                   static_cast<ptrdiff_t>(parts) * stride, exact() ? stride : 0};
   scratch.codes = {arena.Take<int8_t>(stride * quantised_rows),
                    stride,
-                   arena.Take<float>(groups * quantised_rows),
-                   arena.Take<int32_t>(groups * quantised_rows),
-                   groups,
-                   Int8Group()};
+                   arena.Take<float>(scales * quantised_rows),
+                   scales,
+                   arena.Take<int32_t>(sums * quantised_rows),
+                   sums,
+                   SumGroup()};
   const size_t kept_rows = dropout() ? block_rows : 0;
   const ptrdiff_t kept_stride =
       std::max(geometry_.hidden_padded(), geometry_.intermediate_padded()) + kDepth;

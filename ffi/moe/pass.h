@@ -170,8 +170,8 @@ class Pass : protected Products {
   }
   // Whether base weights are multiplied as integers in the forward.
   bool int8() const { return inputs_.int8; }
-  // Depths that share a scale in quantised rows.
-  int Int8Group() const {
+  // Depths whose codes have a sum in quantised rows: those that share a zero point.
+  int SumGroup() const {
     const int group = store_.encoding().group;
     return group ? std::min(group, kInt8Group) : kInt8Group;
   }

@@ -239,13 +239,11 @@ class Products {
   static SplitPanel OnePart(const bf16* panel) {
     return {const_cast<bf16*>(panel), nullptr};
   }
-  static Int8Rows From(const Int8Rows& rows, int64_t first) {
-    return {rows.values + first * rows.stride,
-            rows.stride,
-            rows.scales + first * rows.group_stride,
-            rows.sums + first * rows.group_stride,
-            rows.group_stride,
-            rows.group};
+  static Int8Rows From(Int8Rows rows, int64_t first) {
+    rows.values += first * rows.stride;
+    rows.scales += first * rows.scale_stride;
+    rows.sums += first * rows.sum_stride;
+    return rows;
   }
 
   const BaseStore& base_;
@@ -320,7 +318,7 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
     ForTiles(kernels_, rows, [&](int first, int count) {
       for (int row = first; row < first + count; ++row) touch(row);
       kernels_.gemm_int8(base_.encoding().spec(), From(*codes, first), panel.codes,
-                         depth, count, scratch.tile, false,
+                         depth, count, scratch.tile,
                          prefetch.base ? &prefetch : nullptr);
       AddTerms(lora.From(first), count, strips, scratch);
       {

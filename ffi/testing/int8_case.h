@@ -17,7 +17,7 @@ struct Int8Shape {
   bool zero_points;
   ScaleType scale;
   int depth;
-  int group;   // of the rows
+  int group;   // of the rows' sums
   bool whole;  // the panel has one scale for all depths, else one per group
 };
 
@@ -36,44 +36,42 @@ class Int8Case {
         fill_(fill),
         padded_(static_cast<int>(RoundUp(shape.depth, kDepth))),
         groups_(static_cast<int>(CeilDiv(shape.depth, shape.group))),
+        row_groups_(static_cast<int>(CeilDiv(shape.depth, kInt8Group))),
         panel_groups_(shape.whole ? 1 : groups_),
         stride_(padded_ + 7),  // rows start anywhere; the gaps stay -1
         values_((rows - 1) * stride_ + padded_),
-        row_scales_(static_cast<size_t>(rows) * groups_),
+        row_scales_(static_cast<size_t>(rows) * row_groups_),
         sums_(static_cast<size_t>(rows) * groups_),
         codes_(static_cast<size_t>(padded_) * shape.bits / 8 * outputs()),
         scales_(static_cast<size_t>(panel_groups_) * outputs()),
         scales_bf16_(static_cast<size_t>(panel_groups_) * outputs()),
-        zeros_(static_cast<size_t>(panel_groups_) * outputs()),
-        start_(static_cast<size_t>(rows) * kPanel) {
+        zeros_(static_cast<size_t>(panel_groups_) * outputs()) {
     Random random(seed);
     FillRows(random);
     FillPanel(random);
-    for (float& value : start_) value = static_cast<float>(random.Below(2001) - 1000);
   }
 
   int rows() const { return rows_; }
   int strips() const { return strips_; }
-  float& row_scale(int r, int g) const { return row_scales_[r * groups_ + g]; }
+  // Of the depths from g * kInt8Group on.
+  float& row_scale(int r, int g) const { return row_scales_[r * row_groups_ + g]; }
 
   // c of the last `rows` rows, so that the last row of every operand ends at a guard.
   // Checks that nothing else was written.
-  std::vector<float> Run(const Kernels& kernels, int rows, bool accumulate,
+  std::vector<float> Run(const Kernels& kernels, int rows,
                          Prefetch* prefetch = nullptr) const {
     const int skipped = rows_ - rows;
     Guarded<float> c(static_cast<size_t>(rows - 1) * kPanel + outputs());
     const auto inside = [&](size_t i) {
       return i % kPanel < static_cast<size_t>(outputs());
     };
-    for (size_t i = 0; i < c.size(); ++i) {
-      if (accumulate && inside(i)) c[i] = start_[skipped * kPanel + i];
-    }
     const FormatSpec format = {
         Format::kInt8, "a test's", shape_.bits == 8 ? Code::kInt8 : Code::kInt4,
         shape_.scale,  0,          1};
     const Int8Rows a = {values_.data() + skipped * stride_,
                         stride_,
-                        row_scales_.data() + skipped * groups_,
+                        row_scales_.data() + skipped * row_groups_,
+                        row_groups_,
                         sums_.data() + skipped * groups_,
                         groups_,
                         shape_.group};
@@ -82,7 +80,7 @@ class Int8Case {
     const QuantPanel b = {codes_.data(), scales,
                           shape_.zero_points ? zeros_.data() : nullptr, strips_,
                           shape_.whole ? shape_.depth : shape_.group};
-    kernels.gemm_int8(format, a, b, shape_.depth, rows, c.data(), accumulate, prefetch);
+    kernels.gemm_int8(format, a, b, shape_.depth, rows, c.data(), prefetch);
     bool kept = true;
     for (size_t i = 0; i < c.size(); ++i) {
       uint32_t bits;
@@ -96,17 +94,17 @@ class Int8Case {
 
   // Compares c of every `row_step`-th row with its value: exactly, or with four
   // roundings of 2^-24 for a group's term and one for each sum.
-  void CheckValues(const Kernels& kernels, const std::vector<float>& c, bool accumulate,
+  void CheckValues(const Kernels& kernels, const std::vector<float>& c,
                    int row_step) const {
     for (int r = 0; r < rows_; r += row_step) {
       for (int n = 0; n < outputs(); ++n) {
-        double sum = accumulate ? start_[r * kPanel + n] : 0;
-        double magnitude = std::fabs(sum);
+        double sum = 0, magnitude = 0;
         for (int g = 0; g < groups_; ++g) {
           const ptrdiff_t place =
               static_cast<ptrdiff_t>(shape_.whole ? 0 : g) * outputs() + n;
           const double term = static_cast<double>(GroupSum(r, g, n, place)) *
-                              row_scale(r, g) * Scale(place);
+                              row_scale(r, g * shape_.group / kInt8Group) *
+                              Scale(place);
           sum += term;
           magnitude += std::fabs(term);
         }
@@ -136,10 +134,8 @@ class Int8Case {
 
   void FillRows(Random& random) {
     for (int r = 0; r < rows_; ++r) {
-      for (int g = 0; g < groups_; ++g) {
-        row_scale(r, g) = AnyScale(random);
-        sums_[r * groups_ + g] = 0;
-      }
+      for (int g = 0; g < row_groups_; ++g) row_scale(r, g) = AnyScale(random);
+      for (int g = 0; g < groups_; ++g) sums_[r * groups_ + g] = 0;
       for (int d = 0; d < padded_; ++d) {
         int value = random.Below(255) - 127;
         if (fill_ == Fill::kExtremes) value = r % 2 ? 127 : -127;
@@ -197,6 +193,7 @@ class Int8Case {
   Fill fill_;
   int padded_;
   int groups_;
+  int row_groups_;
   int panel_groups_;
   ptrdiff_t stride_;
   Guarded<int8_t> values_;
@@ -206,7 +203,6 @@ class Int8Case {
   Guarded<float> scales_;
   Guarded<bf16> scales_bf16_;
   Guarded<uint8_t> zeros_;
-  std::vector<float> start_;
 };
 
 }  // namespace ktjax

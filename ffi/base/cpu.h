@@ -32,8 +32,8 @@ struct CpuFeatures {
   bool amx_permitted = false;
 };
 
-// Detected by the first call. That call also asks Linux for the AMX tile state, which
-// must happen before the threads that use it start: WorkerPool makes it.
+// Detected by the first call. That call also asks Linux for the AMX tile state, a
+// permission of the process, which must come before its use: WorkerPool makes it.
 const CpuFeatures& ThisCpu();
 
 // "portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated".

@@ -89,8 +89,8 @@ template <typename Run>
 }
 
 template <int kRows, typename T>
-void DotRows(const bf16* a, ptrdiff_t a_stride, Rows<T> m, int outputs, int depth,
-             float* c) {
+void DotMatrix(const bf16* a, ptrdiff_t a_stride, Rows<T> m, int outputs, int depth,
+               float* c) {
   for (int n = 0; n < outputs; n += kStrip) {
     const int left = outputs - n;
     __m512 sum[kRows];
@@ -407,7 +407,7 @@ template <typename T>
 void Avx512Dot(const bf16* a, ptrdiff_t a_stride, int rows, Rows<T> m, int outputs,
                int depth, float* c) {
   WithRows(rows,
-           [&]<int kRows>() { DotRows<kRows>(a, a_stride, m, outputs, depth, c); });
+           [&]<int kRows>() { DotMatrix<kRows>(a, a_stride, m, outputs, depth, c); });
 }
 
 template <typename T>

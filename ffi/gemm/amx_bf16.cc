@@ -30,6 +30,7 @@ const Kernels kAmxBf16Kernels = {
     .name = "amx",
     .max_rows = kAmxMaxRows,
     .row_step = kAmxRowStep,
+    .near_rows = 0,
     .gemm = AmxBf16Gemm::Gemm,
     .transpose = Avx512Transpose,
     .contract_outputs = Avx512ContractOutputs,

@@ -29,6 +29,7 @@ const Kernels kAmxEmulatedKernels = {
     .name = "amx_emulated",
     .max_rows = kAmxMaxRows,
     .row_step = kAmxRowStep,
+    .near_rows = 0,
     .gemm = AmxEmulatedGemm::Gemm,
     .transpose = GenericTranspose,
     .contract_outputs = nullptr,

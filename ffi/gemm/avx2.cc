@@ -15,6 +15,7 @@ const Kernels kAvx2Kernels = {
     .name = "avx2",
     .max_rows = 4 * kTileRows,
     .row_step = 1,
+    .near_rows = 0,
     .gemm = FmaGemm,
     .transpose = GenericTranspose,
     .contract_outputs = nullptr,

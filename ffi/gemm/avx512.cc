@@ -17,6 +17,7 @@ const Kernels kAvx512Kernels = {
     .name = "avx512",
     .max_rows = 2 * kTileRows,
     .row_step = 1,
+    .near_rows = 0,
     .gemm = FmaGemm,
     .transpose = Avx512Transpose,
     .contract_outputs = nullptr,

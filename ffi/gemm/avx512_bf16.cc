@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kMaxRows = 24;
 constexpr int kTileRegisters = 24;
+constexpr int kNearRows = 4;
 
 // Depth pairs [begin, + run.steps) of a term.
 template <int kRows, int kStrips, int kFirst, int kStep, bool kNear = false>
@@ -158,6 +159,7 @@ const Kernels kAvx512Bf16Kernels = {
     .name = "avx512_bf16",
     .max_rows = kMaxRows,
     .row_step = 1,
+    .near_rows = kNearRows,
     .gemm = Gemm,
     .transpose = Avx512Transpose,
     .contract_outputs = Avx512ContractOutputs,

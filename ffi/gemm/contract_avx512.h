@@ -53,9 +53,7 @@ void ContractRows(const StripRows& a, const bf16* panel, int strips, int pairs,
       }
       const bf16* in = panel + pair * stride;
       for (int s = 0; s < strips; ++s) {
-        for (int i = 0; i < lines; ++i, run.line += kCacheLine) {
-          _mm_prefetch(run.line, _MM_HINT_T1);
-        }
+        run.Fetch<false>(lines);
         AddOutputs<kRows>(in + 2 * kStrip * s, stride, a.strip[s], a.stride, low, high,
                           sum);
       }

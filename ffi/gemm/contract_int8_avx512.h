@@ -79,9 +79,7 @@ void ContractInt8Rows(const StripRows& a, const QuantPanel& panel, int first_pai
         }
         row_end = static_cast<int>(group + 1) * group_blocks;
       }
-      for (int i = 0; i < run.lines_per_step; ++i, run.line += kCacheLine) {
-        _mm_prefetch(run.line, _MM_HINT_T1);
-      }
+      run.Fetch<false>(run.lines_per_step);
       float* out = c + kDepth * (block - first);
       if (!ordinary) [[unlikely]] {
         alignas(64) bf16 values[kDepth * kStrip * kStrips];

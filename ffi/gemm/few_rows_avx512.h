@@ -43,9 +43,7 @@ template <typename Add>
   for (int block = 0; block < last;) {
     PrefetchRun run = NextRun(prefetch, last - block, kDepth / 2 * some / strips);
     for (const int end = block + run.steps; block < end; ++block) {
-      for (int i = 0; i < run.lines_per_step; ++i, run.line += kCacheLine) {
-        _mm_prefetch(run.line, _MM_HINT_T1);
-      }
+      run.Fetch<false>(run.lines_per_step);
       add(block);
     }
   }

@@ -53,7 +53,7 @@ struct Prefetch {
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
   // To L1 and past the other caches, for what is used soon and then no more; else to
-  // L2.
+  // L2. A hint.
   bool near = false;
   // Contiguous bytes to fetch after all that.
   const char* more = nullptr;
@@ -228,6 +228,10 @@ struct Kernels {
   // split M rows into equal multiples of it.
   int max_rows;
   int row_step;
+
+  // So many rows, in one call, go through a panel once and in order, with values or
+  // with codes as integers, and heed Prefetch::near. 0: none do.
+  int near_rows;
 
   // c (+)= sum over terms. `strips` is the width of c. Adds to c when `accumulate`,
   // else overwrites. `prefetch` may be null.

@@ -138,9 +138,7 @@ void DotQuad(const bf16* a, ptrdiff_t a_stride, const QuantPanel& panel, int str
       PrefetchRun run = NextRun(prefetch, blocks, 1);
       blocks -= run.steps;
       for (; run.steps > 0; --run.steps) {
-        for (int i = 0; i < run.lines_per_step; ++i, run.line += kCacheLine) {
-          _mm_prefetch(run.line, _MM_HINT_T1);
-        }
+        run.Fetch<false>(run.lines_per_step);
         const __m512i first = _mm512_shuffle_i32x4(
             _mm512_loadu_si512(codes), _mm512_loadu_si512(codes + stride), kLanes);
         const __m512i second =
@@ -231,9 +229,7 @@ void ContractCodeRows(const StripRows& a, const QuantPanel& panel, int first_pai
         sum[r] = _mm512_loadu_ps(c + r * c_stride + 2 * pair);
       }
       for (int s = 0; s < strips; ++s) {
-        for (int i = 0; i < lines; ++i, run.line += kCacheLine) {
-          _mm_prefetch(run.line, _MM_HINT_T1);
-        }
+        run.Fetch<false>(lines);
         const __m512i first = _mm512_loadu_si512(codes + 64 * s);
         const __m512i second = _mm512_loadu_si512(codes + 64 * (strips + s));
         const __m512i quads[] = {_mm512_shuffle_i32x4(first, second, 0x00),

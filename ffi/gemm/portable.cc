@@ -48,6 +48,7 @@ const Kernels kPortableKernels = {
     .name = "portable",
     .max_rows = kMaxRows,
     .row_step = 1,
+    .near_rows = 0,
     .gemm = Gemm,
     .transpose = GenericTranspose,
     .contract_outputs = nullptr,

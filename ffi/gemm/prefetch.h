@@ -19,7 +19,7 @@ struct PrefetchRun {
   int steps;
   bool near = false;  // see Prefetch
 
-  // The next `lines` of them. A template, as innermost loops should not test `near`.
+  // The next `lines` of them. A template, for loops that have no time to test `near`.
   template <bool kNear>
   [[gnu::always_inline]] void Fetch(int lines) {
     for (int i = 0; i < lines; ++i, line += kCacheLine) {

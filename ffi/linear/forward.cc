@@ -49,9 +49,9 @@ class LinearForwardPass : LinearPass {
     for (int panel = offset + task.first_panel; panel < offset + task.last_panel;
          ++panel) {
       const int strips = store_.Strips(panel), width = store_.Width(panel);
-      BaseProduct product{rows,   nullptr, store_.Panel(s, panel),
-                          {},     {},      store_.inputs_padded(),
-                          strips, rows_,   {}};
+      BaseProduct product{rows,  nullptr, store_.Panel(s, panel),
+                          {},    {},      store_.inputs_padded(),
+                          rows_, {}};
       if (rank()) {
         const WorkTimer timer(scratch.times, &WorkTimes::adapters);
         MatrixB().PackOutputs(kernels_, 0, int64_t{panel} * kPanel, width, 0, rank(),

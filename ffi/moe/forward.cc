@@ -45,7 +45,8 @@ class ForwardPass : Pass {
         const auto fetch_ahead = [&] {
           if (const OutputTask* task = down.Peek()) {
             const StoredPanel panel = Start(worker.subpool(), groups_[g], *task);
-            if (panel) Fetch(panel.start(), panel.Bytes());
+            if (panel)
+              Fetch(panel.start(), std::min<int64_t>(panel.Bytes(), kBurstBytes));
           }
         };
         if (!ComputeHidden(worker, scratch, g, counter, values, watch, fetch_ahead)) {
@@ -125,7 +126,6 @@ class ForwardPass : Pass {
                             {},
                             {},
                             shard(s).width,
-                            strips,
                             routing_.rows_of(expert),
                             {}};
         const int outputs = std::min(kPanel, geometry_.hidden - panel * kPanel);

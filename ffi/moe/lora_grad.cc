@@ -86,9 +86,9 @@ void LoRAGradPass::TokenGrad(const Group& group, int expert, int source,
                             scratch);
     }
     const ConstArray array = of_x ? inputs_.x : grad_y_;
-    StreamInPlace(
-        {static_cast<const bf16*>(array.data) + begin, hidden, &routing_.tokens[row]},
-        expert, end - begin, factors, scratch);
+    StreamInPlace({static_cast<const bf16*>(array.data) + begin, hidden,
+                   routing_.tokens.data() + row},
+                  expert, end - begin, factors, scratch);
   };
   if (of_x) {
     const bf16* low_rank_grad = LowRankRow(low_rank_grad_, group, row);

@@ -341,7 +341,6 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
                         {},
                         {},
                         geometry_.hidden_padded(),
-                        kPanelStrips,
                         routing_.rows_of(expert),
                         {}};
     const LoRAArray bs[] = {kGateB, kUpB};

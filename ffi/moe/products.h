@@ -121,7 +121,6 @@ class Products {
     StoredPanel next;            // to be fetched meanwhile
     std::span<const char> also;  // the same
     int depth;
-    int strips;
     int all_rows;  // that are multiplied with the panel, in this product and in others
     Terms lora;
   };
@@ -166,8 +165,9 @@ class Products {
   // which it lies there. Lines that are asked for 4 KiB ahead of their use, and go to
   // L1, then come faster than those that are to wait in L2 for the panel after this
   // one: decoding a token of INT4 takes 0.43 instead of 0.48 ms.
-  static constexpr int kNearRows = 4;
   static constexpr int64_t kNearBytes = 4096;
+  // What is fetched at once and not spread over a product, at most.
+  static constexpr size_t kBurstBytes = 256 << 10;
   // Fetches depth pairs of a panel just ahead of their product, and after them the
   // beginning of the next panel, if any.
   static Prefetch FetchNear(const StoredPanel& panel, int64_t pairs,
@@ -301,14 +301,14 @@ template <typename Touch, typename Epilogue>
 void Products::MultiplyBase(const BaseProduct& product, int rows,
                             const Scratch& scratch, Touch touch,
                             Epilogue epilogue) const {
-  const auto& [operand, codes, stored, next, also, depth, strips, all_rows, lora] =
-      product;
+  const auto& [operand, codes, stored, next, also, depth, all_rows, lora] = product;
+  const int strips = stored.strips();
   const BasePanel panel = stored;
   const bool once = codes || (panel.values && !exact());
-  const bool near = once && rows <= kNearRows;
+  const bool near = once && all_rows <= kernels_.near_rows;
   Prefetch prefetch = near ? FetchNear(stored, depth / 2, next) : FetchPanel(next);
   if (near) {
-    Fetch(also.data(), also.size());
+    Fetch(also.data(), std::min(also.size(), kBurstBytes));
   } else {
     prefetch.more = also.data();
     prefetch.more_bytes = also.size();

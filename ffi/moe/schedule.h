@@ -39,7 +39,8 @@ struct OutputTask {
   int last_token;
 };
 
-// Consecutive experts whose intermediate values fit the cache and the memory budget.
+// Consecutive experts whose intermediate values fit the cache and the memory budget,
+// to an expert.
 struct Group {
   int first_expert;
   int last_expert;

@@ -12,9 +12,7 @@ namespace ktjax::internal {
 // How to wait before sleeping.
 struct Patience {
   std::chrono::nanoseconds spin{0};
-  // Lets whoever else wants this CPU have it at once. Without, the caller of a job,
-  // woken on the CPU of a worker that spins for the next job, waits until that spin is
-  // over.
+  // Lets whoever else wants this CPU have it at once, and not when the spin is over.
   bool yield = false;
 };
 

@@ -32,7 +32,8 @@ class alignas(128) Worker {
   int subpool_size() const { return subpool_size_; }
 
   // The CPU this worker is pinned to, or -1 when its node has fewer CPUs than workers
-  // and it may run on any of them.
+  // and it may run on any of them. A caller that cannot be moved to the CPU of worker 0
+  // stays where it is.
   int pinned_cpu() const { return pinned_cpu_; }
 
   // Waits for every worker of the pool. Returns false when some worker has failed: the

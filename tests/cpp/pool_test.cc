@@ -453,8 +453,14 @@ void TestParking() {
 void TestDenormals() {
   WorkerPool pool({.subpool_count = 1, .max_threads_per_subpool = 2});
   std::vector<unsigned> control(2);
-  pool.Run([&](Worker& worker) { control[worker.index()] = _mm_getcsr() & 0x8040; });
-  CHECK(control == std::vector<unsigned>(2, 0x8040));
+  // Worker 0 is this thread: it computes as the other does, and is then as before.
+  const unsigned before = _mm_getcsr();
+  constexpr unsigned kUpward = 0x4000;
+  _mm_setcsr(before | kUpward);
+  pool.Run([&](Worker& worker) { control[worker.index()] = _mm_getcsr() & ~0x3fu; });
+  CHECK((_mm_getcsr() & ~0x3fu) == ((before | kUpward) & ~0x3fu));
+  _mm_setcsr(before);
+  CHECK(control == std::vector<unsigned>(2, 0x9fc0));
 }
 
 void TestTaskCounter() {

@@ -73,7 +73,7 @@ void TestEmulation() {
     const Int8Case int8_case(41, kPanelStrips, shape, Fill::kExact, bits);
     const auto run = [&](const Kernels& kernels) {
       kernels.enter();
-      std::vector<float> c = int8_case.Run(kernels, int8_case.rows(), true);
+      std::vector<float> c = int8_case.Run(kernels, int8_case.rows());
       kernels.leave();
       return c;
     };

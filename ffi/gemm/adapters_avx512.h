@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "gemm/decode_avx512.h"
 #include "gemm/kernel.h"
 #include "gemm/pack_avx512.h"
 #include "gemm/round_avx512.h"
@@ -19,13 +20,6 @@ constexpr int kAheadBytes = 2048;
 
 [[gnu::always_inline]] inline __m512 AddProducts(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-// Two neighbouring bfloat16 in all lanes.
-[[gnu::always_inline]] inline __m512i SpreadPair(const bf16* pair) {
-  int bits;
-  __builtin_memcpy(&bits, pair, sizeof bits);
-  return _mm512_set1_epi32(bits);
 }
 
 // The masked 16 values of `first` as bfloat16, then those of `second`.
@@ -51,17 +45,7 @@ class Interleave {
   }
 
  private:
-  struct Index {
-    alignas(64) uint16_t word[32];
-  };
-  static constexpr Index kIndex = [] {
-    Index index{};
-    for (int w = 0; w < 32; ++w) {
-      index.word[w] = static_cast<uint16_t>(w / 2 + 16 * (w % 2));
-    }
-    return index;
-  }();
-  const __m512i index_ = _mm512_load_si512(kIndex.word);
+  const __m512i index_ = Load(kInterleaved);
 };
 
 // Calls run.operator()<rows>() for 1 to kMaxContractRows rows.

@@ -45,9 +45,7 @@ template <int kRows, int kStrips, int kFirst, int kStep, bool kNear = false>
     run.Fetch<kNear>(run.lines_per_step);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
-      int bits;
-      __builtin_memcpy(&bits, a + r * stride + 2 * pair, sizeof bits);
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(bits);
+      const __m512bh value = (__m512bh)SpreadPair(a + r * stride + 2 * pair);
 #pragma GCC unroll 4
       for (int s = 0; s < kWidth; ++s) {
         __m512& target = sum[r][kFirst + s * kStep];

@@ -27,10 +27,8 @@ template <int kRows>
   for (int pair = 0; pair < 8; ++pair) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      int bits;
-      __builtin_memcpy(&bits, a + r * a_stride + 2 * pair, sizeof bits);
-      sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_set1_epi32(bits),
-                                (__m512bh)t[pair]);
+      const __m512i value = SpreadPair(a + r * a_stride + 2 * pair);
+      sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)value, (__m512bh)t[pair]);
     }
   }
 }

@@ -18,6 +18,7 @@
 #include <immintrin.h>
 
 #include "gemm/decode_loop.h"
+#include "gemm/round_avx512.h"
 
 namespace ktjax {
 namespace {
@@ -35,13 +36,15 @@ constexpr WordTable MakeWords(MakeWord make) {
 
 inline __m512i Load(const WordTable& table) { return _mm512_load_si512(table.word); }
 
+// The words of two halves in turns.
+constexpr WordTable kInterleaved =
+    MakeWords([](int i) { return i / 2 + 16 * (i % 2); });
+
 #ifdef __AVX512BF16__
 
 // Lane n: the bfloat16 of even[n] and, above it, of odd[n]. For finite numbers.
 inline __m512i PairLanes(__m512 even, __m512 odd) {
-  static constexpr WordTable kInterleave =
-      MakeWords([](int i) { return i / 2 + 16 * (i % 2); });
-  return _mm512_permutexvar_epi16(Load(kInterleave), RoundTwo(even, odd));
+  return _mm512_permutexvar_epi16(Load(kInterleaved), RoundTwo(even, odd));
 }
 
 // The bfloat16 of `low`, then those of `high`.

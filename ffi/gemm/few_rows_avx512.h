@@ -12,6 +12,7 @@
 #include "gemm/decode_avx512.h"
 #include "gemm/decode_blocks_avx512.h"
 #include "gemm/nibbles_avx512.h"
+#include "gemm/pack_avx512.h"
 
 namespace ktjax {
 namespace {
@@ -26,10 +27,9 @@ struct PairDot {
   [[gnu::always_inline]] void operator()(int pair, __m512i values) const {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      int bits;
-      __builtin_memcpy(&bits, a + r * a_stride + 2 * pair, sizeof bits);
-      sum[r][pair % 2] = _mm512_dpbf16_ps(
-          sum[r][pair % 2], (__m512bh)_mm512_set1_epi32(bits), (__m512bh)values);
+      const __m512i value = SpreadPair(a + r * a_stride + 2 * pair);
+      sum[r][pair % 2] =
+          _mm512_dpbf16_ps(sum[r][pair % 2], (__m512bh)value, (__m512bh)values);
     }
   }
 };

@@ -12,6 +12,7 @@
 #define KTJAX_FFI_GEMM_NIBBLES_AVX512_H_
 
 #include "gemm/decode_avx512.h"
+#include "gemm/pack_avx512.h"
 
 namespace ktjax {
 namespace {
@@ -244,10 +245,8 @@ void ContractCodeRows(const StripRows& a, const QuantPanel& panel, int first_pai
               index, _mm512_load_si512(&tables[s][p]));
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            int bits;
-            __builtin_memcpy(&bits, a.strip[s] + r * a.stride + 2 * p, sizeof bits);
-            sum[r] =
-                _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_set1_epi32(bits), values);
+            const __m512i value = SpreadPair(a.strip[s] + r * a.stride + 2 * p);
+            sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)value, values);
           }
         }
       }

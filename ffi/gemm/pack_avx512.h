@@ -12,6 +12,13 @@
 namespace ktjax {
 namespace {
 
+// Two neighbouring bfloat16 in all lanes.
+[[gnu::always_inline]] inline __m512i SpreadPair(const bf16* pair) {
+  int bits;
+  __builtin_memcpy(&bits, pair, sizeof bits);
+  return _mm512_set1_epi32(bits);
+}
+
 // The bfloat16 bits (round to nearest even, quiet NaN) of 16 float32, in 32-bit lanes.
 inline __m512i RoundToBf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);

@@ -87,6 +87,9 @@ constexpr BlockSpec kBlockSpecs[] = {
      .sub_zero = 32},
 };
 
+// Depths that share a scale and a minimum, if any: 16 or 32.
+constexpr int SubDepths(const BlockSpec& spec) { return spec.sub ? spec.sub : 32; }
+
 // The row of a format, null for those that are not in blocks.
 constexpr const BlockSpec* FindBlocks(Format format) {
   for (const BlockSpec& spec : kBlockSpecs) {
@@ -99,15 +102,26 @@ constexpr const BlockSpec* FindBlocks(Format format) {
 constexpr float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                   1,    13,   25,  38,  53,  69,  89,  113};
 
-// The codes of depths 4 quad .. + 3 of 32, a byte each, from the words of one output
-// (see QuantPanel): word(i) gives number i.
+// The same as unsigned bytes, for products of integers: the value plus kIq4Zero.
+constexpr int kIq4Zero = 128;
+constexpr uint8_t kIq4Codes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                   129, 141, 153, 166, 181, 197, 217, 241};
+
+// What is subtracted from codes, or from those of kIq4Codes.
+constexpr int CodeOfZero(const BlockSpec& spec) {
+  return spec.table ? kIq4Zero : spec.zero;
+}
+
+// The codes of depths 4 quad .. + 3 of 32, a byte each, from the words of one output,
+// or of a vector of outputs (see QuantPanel): word(i) gives number i.
 template <int kBits, typename Word>
-[[gnu::always_inline]] inline uint32_t QuadOfCodes(int quad, Word word) {
+[[gnu::always_inline]] inline auto QuadOfCodes(int quad, Word word)
+    -> decltype(word(0)) {
   constexpr uint32_t kOnes = 0x01010101u;
   if constexpr (kBits == 8) return word(quad);
   constexpr int kLow = kBits < 4 ? 2 : 4, kPerWord = 8 / kLow;
-  const uint32_t low = word(quad / kPerWord) >> kLow * (quad % kPerWord);
-  const uint32_t codes = low & kOnes * ((1 << kLow) - 1);
+  const auto low = word(quad / kPerWord) >> kLow * (quad % kPerWord);
+  const auto codes = low & kOnes * ((1 << kLow) - 1);
   if constexpr (kBits == kLow + 1) {
     return codes | (word(kLow) >> quad & kOnes) << kLow;
   } else if constexpr (kBits == kLow + 2 && kLow == 4) {

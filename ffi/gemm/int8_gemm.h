@@ -359,16 +359,17 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
   }
 }
 
-using Int8TileFn = void (*)(const Int8Product&, int, int, Prefetch*);
+template <typename P>
+using Int8TileFn = void (*)(const P&, int, int, Prefetch*);
 template <size_t kMost>
 struct Int8TileTable {
-  Int8TileFn tile[kMost];
+  Int8TileFn<Int8Product> tile[kMost];
 };
 
 // All rows in equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. tiles[i] takes i + 1.
-template <int kMost>
-void RunInt8Tiles(const Int8TileFn (&tiles)[kMost], const Int8Product& p, int depth,
-                  int rows, Prefetch* prefetch) {
+template <typename P, int kMost>
+void RunInt8Tiles(const Int8TileFn<P> (&tiles)[kMost], const P& p, int depth, int rows,
+                  Prefetch* prefetch) {
   int row = 0;
   for (int left = (rows + kMost - 1) / kMost; left > 0; --left) {
     const int count = (rows - row + left - 1) / left;
@@ -405,14 +406,14 @@ void Int8Strips(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
 // As many strips at a time as there are registers for sums and totals.
 template <typename G>
 void SmallGroupTiles(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
-  static constexpr Int8TileFn kSingle[] = {
+  static constexpr Int8TileFn<Int8Product> kSingle[] = {
       SmallGroupTile<G, 1, 1>, SmallGroupTile<G, 2, 1>, SmallGroupTile<G, 3, 1>,
       SmallGroupTile<G, 4, 1>, SmallGroupTile<G, 5, 1>, SmallGroupTile<G, 6, 1>};
   if constexpr (IntVector::kTileStrips > 1) {
-    static constexpr Int8TileFn kPairs[] = {
+    static constexpr Int8TileFn<Int8Product> kPairs[] = {
         SmallGroupTile<G, 1, 2>, SmallGroupTile<G, 2, 2>, SmallGroupTile<G, 3, 2>,
         SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
-    static constexpr Int8TileFn kPanels[] = {
+    static constexpr Int8TileFn<Int8Product> kPanels[] = {
         SmallGroupTile<G, 1, 4>, SmallGroupTile<G, 2, 4>, SmallGroupTile<G, 3, 4>,
         SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
     if (p.b.strips == 4) return RunInt8Tiles(kPanels, p, depth, rows, prefetch);

@@ -5,11 +5,14 @@
 
 #include <cstring>
 
+#include "gemm/int8_blocks_generic.h"
 #include "gemm/int8_rows.h"
 #include "gemm/kernel.h"
 
 namespace ktjax {
 namespace {
+
+constexpr int kMaxPortableRows = 8;
 
 // sum += a . codes for `depth` depths of one strip, whose lanes are `stride` bytes
 // apart. In float32, where these integers are exact too, because SSE2 has no product of
@@ -30,9 +33,53 @@ void AddCodes(const int8_t* a, const uint8_t* codes, ptrdiff_t stride, int depth
   }
 }
 
+// The product with weights in blocks.
+template <Format kFormat>
+void PortableBlocks(const Int8Rows& a, const QuantPanel& b, int depth, int rows,
+                    float* c) {
+  constexpr BlockSpec kSpec = *FindBlocks(kFormat);
+  constexpr int kSub = SubDepths(kSpec);
+  constexpr float kZero = CodeOfZero(kSpec);
+  constexpr ptrdiff_t kQuad = sizeof(U32x16);
+  alignas(kQuad) uint8_t codes[kDepth / 4 * kQuad];
+  for (int strip = 0; strip < b.strips; ++strip) {
+    float* out = c + strip * kStrip * b.apart;
+    F32x16 totals[kMaxPortableRows] = {};
+    for (int begin = 0; begin < depth; begin += kDepth) {
+      UnpackBlock<kFormat>(b, begin / kDepth, strip, codes, kQuad);
+      for (int sub = begin; sub < begin + kDepth; sub += kSub) {
+        F32x16 scale, min;
+        LoadSubBlock<kFormat>(b, sub, strip, scale, min);
+        for (int r = 0; r < rows; ++r) {
+          F32x16 sum = {};
+          AddCodes<8>(a.values + r * a.stride + sub, codes + (sub - begin) / 4 * kQuad,
+                      kQuad, kSub, sum);
+          const float row_sum = static_cast<float>(SubBlockSum(a, r, sub, kSub));
+          totals[r] += (sum - row_sum * kZero) * scale;
+          if constexpr (kSpec.mins) totals[r] -= row_sum * min;
+        }
+      }
+      if (!EndsRowGroup(depth, begin + kDepth)) continue;
+      for (int r = 0; r < rows; ++r) {
+        F32x16 result = {};
+        if (begin >= kInt8Group) Load(out + r * kPanel, result);
+        result += totals[r] * a.scales[r * a.scale_stride + begin / kInt8Group];
+        Store(result, out + r * kPanel);
+        totals[r] = F32x16{};
+      }
+    }
+  }
+}
+
 inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
                              const QuantPanel& b, int depth, int rows, float* c,
                              Prefetch*) {
+  if (format.blocks) {
+    WithBlockFormat(format.format, [&]<Format kFormat>() {
+      PortableBlocks<kFormat>(a, b, depth, rows, c);
+    });
+    return;
+  }
   const int bits = CodeBits(format);
   const ptrdiff_t lanes = 4 * kStrip * b.strips;
   for (int r = 0; r < rows; ++r) {

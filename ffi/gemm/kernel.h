@@ -118,6 +118,10 @@ struct SplitRows {
 // below 2^24: exact in int32 and in float32 alike.
 inline constexpr int kInt8Group = 128;
 
+// The depths whose codes have a sum in rows for weights in blocks, however many depths a
+// sub-block has: matrices of several formats share rows.
+inline constexpr int kBlockSumDepths = 16;
+
 // Rows of signed 8-bit codes. What row r holds at depth d is
 //     values[r * stride + d] * scales[r * scale_stride + d / kInt8Group].
 // Codes are within +-127, and 0 from the depth up to its multiple of kDepth.
@@ -128,7 +132,9 @@ struct Int8Rows {
   ptrdiff_t scale_stride;
   int32_t* sums;  // of the codes of `group` depths: sums[r * sum_stride + d / group]
   ptrdiff_t sum_stride;
-  int group;  // 32 or 64 where the weights have such groups, else kInt8Group
+  // 32 or 64 where the weights have such groups, kBlockSumDepths where they are in
+  // blocks, else kInt8Group.
+  int group;
 };
 
 // Element-wise steps between a product and memory, on a tile c (row stride kPanel).
@@ -296,6 +302,14 @@ struct Kernels {
   // b.group is a.group where that is below kInt8Group, and depth is a multiple of it
   // then; else b.group is a multiple of kInt8Group, or not below `depth`. The panel is
   // readable up to depth rounded up to kDepth. c, rows and `prefetch` as for gemm.
+  //
+  // Or with a panel in blocks (b.format is format's, a.group is kBlockSumDepths and
+  // depth a multiple of its blocks). Over the sub-blocks g in G, with what
+  // format/blocks.h calls scale and min,
+  //   c[r][n] = sum_G a.scales[r][G] * sum_{g in G}
+  //             (scale[n] * float(sum_{d in g} a[r][d] * (code[d][n] - zero)) -
+  //              min[n] * float(sum_{d in g} a[r][d]))
+  // to strips b.apart apart. Weights are not rounded.
   void (*gemm_int8)(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
                     int depth, int rows, float* c, Prefetch* prefetch);
 

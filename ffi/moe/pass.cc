@@ -18,12 +18,7 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
       routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
                      geometry_.experts)),
       groups_(MakeGroups(routing_, geometry_, group_bytes)) {
-  if (const FormatSpec& spec = store.encoding().spec();
-      inputs.int8 && spec.code != Code::kInt8 && spec.code != Code::kInt4) {
-    throw std::invalid_argument(
-        std::string("compute 'int8' needs weights with integer codes, and ") +
-        spec.name + " has none; use compute 'bf16'");
-  }
+  if (inputs.int8) store.CheckIntegers();
   const int threads = backend_.pool.config().max_threads_per_subpool;
   for (const Group& group : groups_) {
     max_group_rows_ = std::max(max_group_rows_, group.rows());

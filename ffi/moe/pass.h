@@ -172,6 +172,7 @@ class Pass : protected Products {
   bool int8() const { return inputs_.int8; }
   // Depths whose codes have a sum in quantised rows: those that share a zero point.
   int SumGroup() const {
+    if (store_.encoding().spec().blocks) return kBlockSumDepths;
     const int group = store_.encoding().group;
     return group ? std::min(group, kInt8Group) : kInt8Group;
   }

@@ -317,9 +317,12 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
       for (int row = first; row < first + count; ++row) touch(row);
-      kernels_.gemm_int8(base_.encoding().spec(), From(*codes, first), panel.codes,
-                         depth, count, scratch.tile,
-                         prefetch.base ? &prefetch : nullptr);
+      const auto multiply = [&](const QuantPanel& b, float* c, Prefetch* fetch) {
+        kernels_.gemm_int8(SpecOf(b.format), From(*codes, first), b, depth, count, c,
+                           fetch);
+      };
+      multiply(panel.codes, scratch.tile, prefetch.base ? &prefetch : nullptr);
+      if (panel.mixed()) multiply(panel.odd, scratch.tile + kStrip, nullptr);
       AddTerms(lora.From(first), count, strips, scratch);
       {
         const WorkTimer timer(scratch.times, &WorkTimes::epilogue);

@@ -99,8 +99,8 @@ def moe(
         )
     x, ids, w = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(w)
     handle, intermediate = _check(x, ids, w, store, lora)
-    format = store.format if isinstance(store, ExpertStore) else None
-    int8 = check_compute(compute, format, where="moe")
+    formats = store.formats if isinstance(store, ExpertStore) else None
+    int8 = check_compute(compute, formats, where="moe")
     keep = activation_policy == "save" and intermediate is not None
     seed = check_dropout(dropout, dropout_seed, lora, where="moe")
     spec = Spec(intermediate, float(scaling), keep, int8, float(dropout))

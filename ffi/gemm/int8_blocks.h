@@ -95,33 +95,35 @@ void LoadBlockScales(const QuantPanel& b, int begin, int count, int strip, int s
   constexpr int kSubDepths = SubDepths(kSpec);
   const ptrdiff_t lanes = kStrip * b.strips;
   const int width = kStrip * strips;
-  float *scales = out.scale, *mins = out.min;
-  for (int d = begin; d < begin + count; d += kSubDepths) {
-    const ptrdiff_t block = d / kSpec.depths * lanes + kStrip * strip;
-    const ptrdiff_t sub = d / kSubDepths * lanes + kStrip * strip;
-    for (int n = 0; n < width; n += IntVector::kLanes) {
-      Float scale =
-          IntVector::LoadHalves(static_cast<const uint16_t*>(b.scales) + block + n);
-      Float min = IntVector::Zero();
-      if constexpr (kSpec.mins) min = IntVector::LoadHalves(b.mins + block + n);
+  for (int n = 0; n < width; n += IntVector::kLanes) {
+    const ptrdiff_t first = kStrip * strip + n;
+    Float of_block[2];  // scale and minimum
+    for (int i = 0; i < count / kSubDepths; ++i) {
+      const int d = begin + i * kSubDepths;
+      if (i == 0 || d % kSpec.depths == 0) {
+        const ptrdiff_t at = d / kSpec.depths * lanes + first;
+        of_block[0] =
+            IntVector::LoadHalves(static_cast<const uint16_t*>(b.scales) + at);
+        if constexpr (kSpec.mins) of_block[1] = IntVector::LoadHalves(b.mins + at);
+      }
+      Float scale = of_block[0], min = kSpec.mins ? of_block[1] : IntVector::Zero();
       if constexpr (kSpec.sub > 0) {
-        IntVector::Int code = IntVector::WidenBytes(b.sub_scales + sub + n);
+        const ptrdiff_t sub = d / kSubDepths * lanes + first;
+        IntVector::Int code = IntVector::WidenBytes(b.sub_scales + sub);
         if constexpr (kSpec.sub_mins == SubMins::kPacked) {
           min = IntVector::Mul(min, IntVector::ToFloat(IntVector::ShiftRight16<4>(code)));
           code = IntVector::And(code, IntVector::Broadcast(15));
         }
         if constexpr (kSpec.sub_mins == SubMins::kBytes) {
           min = IntVector::Mul(min, IntVector::ToFloat(
-                                        IntVector::WidenBytes(b.sub_mins + sub + n)));
+                                        IntVector::WidenBytes(b.sub_mins + sub)));
         }
         code = IntVector::Sub(code, IntVector::Broadcast(kSpec.sub_zero));
         scale = IntVector::Mul(scale, IntVector::ToFloat(code));
       }
-      IntVector::Store(scale, scales + n);
-      if constexpr (kSpec.mins) IntVector::Store(min, mins + n);
+      IntVector::Store(scale, out.scale + i * width + n);
+      if constexpr (kSpec.mins) IntVector::Store(min, out.min + i * width + n);
     }
-    scales += width;
-    mins += width;
   }
 }
 
@@ -261,6 +263,7 @@ void BlockTile(const BlockProduct& p, int row, int depth, Prefetch* prefetch) {
                       blocks * kDepth, buffer);
     const SubBlockSums<B, kRows> sums(p, row, begin, blocks * kDepth);
     const float* row_scales = a.scales + row * a.scale_stride + begin / kInt8Group;
+    if (row == 0) FetchScales(prefetch, begin, begin + blocks * kDepth, depth);
     for (int strip = 0; strip < b.strips; strip += kStrips) {
       p.load_scales(b, begin, blocks * kDepth, strip, kStrips, scales);
       const uint8_t* words =

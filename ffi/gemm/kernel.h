@@ -58,6 +58,10 @@ struct Prefetch {
   // Contiguous bytes to fetch after all that.
   const char* more = nullptr;
   int64_t more_bytes = 0;
+  // Contiguous bytes to fetch beside all that, to L2, evenly over the product: scales,
+  // which are few and lie apart from the codes that are fetched near. A hint.
+  const char* scales = nullptr;
+  int64_t scales_bytes = 0;
 
   static constexpr int kPerPair = 16;    // a line per pair
   static constexpr int kMaxPerPair = 4;  // lines

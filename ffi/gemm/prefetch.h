@@ -55,6 +55,17 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
           prefetch->near};
 }
 
+// Fetches the part of prefetch.scales that depths [begin, end) of `depth` stand for.
+inline void FetchScales(const Prefetch* prefetch, int begin, int end, int depth) {
+  if (!prefetch) return;
+  const auto line_of = [&](int d) {
+    return CeilDiv(prefetch->scales_bytes * d, int64_t{kCacheLine} * depth);
+  };
+  for (int64_t line = line_of(begin); line < line_of(end); ++line) {
+    __builtin_prefetch(prefetch->scales + line * kCacheLine, 0, 2);
+  }
+}
+
 // The strips of c that a term feeds are its panel's strips 0 .. TermWidth - 1.
 inline int TermWidth(const Term& term, int strips) {
   const int fed = strips - term.first_strip + term.strip_step - 1;

@@ -169,7 +169,7 @@ class Products {
   // What is fetched at once and not spread over a product, at most.
   static constexpr size_t kBurstBytes = 256 << 10;
   // Fetches depth pairs of a panel just ahead of their product, and after them the
-  // beginning of the next panel, if any.
+  // beginning of the next panel, if any, whose scales are fetched meanwhile.
   static Prefetch FetchNear(const StoredPanel& panel, int64_t pairs,
                             const StoredPanel& next) {
     const int64_t bytes = panel.PairBytes(pairs), ahead = std::min(bytes, kNearBytes);
@@ -180,6 +180,8 @@ class Products {
     if (next) {
       prefetch.more = next.start();
       prefetch.more_bytes = ahead;
+      prefetch.scales = next.start() + next.PairBytes(pairs);
+      prefetch.scales_bytes = next.ScaleBytes(pairs);
     }
     return prefetch;
   }

@@ -67,9 +67,9 @@ void UnpackBlocks(const QuantPanel& b, int begin, int depth, uint8_t* bytes,
 }
 
 template <Format kFormat>
-constexpr AmxBlocks kAmxBlocks = {
-    SubDepths(*FindBlocks(kFormat)), CodeOfZero(*FindBlocks(kFormat)),
-    FindBlocks(kFormat)->mins, UnpackBlocks<kFormat>};
+constexpr AmxBlocks kAmxBlocks = {SubDepths(*FindBlocks(kFormat)),
+                                  CodeOfZero(*FindBlocks(kFormat)),
+                                  FindBlocks(kFormat)->mins, UnpackBlocks<kFormat>};
 
 // Null where the format is not in blocks.
 inline const AmxBlocks* FindAmxBlocks(Format format) {
@@ -202,9 +202,8 @@ class AmxInt8Gemm {
                    int depth, int rows, float* c, Prefetch* prefetch) {
     const AmxBlocks* blocks = FindAmxBlocks(format.format);
     const AmxInt8Product product = {
-        format,   a,      b,
-        depth,    c,      prefetch,
-        blocks,   blocks ? blocks->sub_depths : a.group};
+        format, a,        b,      depth,
+        c,      prefetch, blocks, blocks ? blocks->sub_depths : a.group};
     switch (b.strips) {
       case 1:
         return Rows<1>(product, rows);

@@ -52,12 +52,6 @@ template <Format kFormat>
   }
 }
 
-// The sum of the codes of a row's sub-block of `depths` depths from `begin` on.
-inline int32_t SubBlockSum(const Int8Rows& a, int row, int begin, int depths) {
-  const int32_t* sums = a.sums + row * a.sum_stride + begin / kBlockSumDepths;
-  return depths == kBlockSumDepths ? sums[0] : sums[0] + sums[1];
-}
-
 }  // namespace
 }  // namespace ktjax
 

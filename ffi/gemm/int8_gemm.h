@@ -359,23 +359,30 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
   }
 }
 
-template <typename P>
-using Int8TileFn = void (*)(const P&, int, int, Prefetch*);
+using Int8TileFn = void (*)(const Int8Product&, int, int, Prefetch*);
 template <size_t kMost>
 struct Int8TileTable {
-  Int8TileFn<Int8Product> tile[kMost];
+  Int8TileFn tile[kMost];
 };
 
-// All rows in equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. tiles[i] takes i + 1.
-template <typename P, int kMost>
-void RunInt8Tiles(const Int8TileFn<P> (&tiles)[kMost], const P& p, int depth, int rows,
-                  Prefetch* prefetch) {
+// All rows in equal tiles of up to `most`: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. Calls
+// tile(first row, rows).
+template <typename F>
+[[gnu::always_inline]] inline void ForEqualTiles(int rows, int most, F tile) {
   int row = 0;
-  for (int left = (rows + kMost - 1) / kMost; left > 0; --left) {
+  for (int left = (rows + most - 1) / most; left > 0; --left) {
     const int count = (rows - row + left - 1) / left;
-    tiles[count - 1](p, row, depth, prefetch);
+    tile(row, count);
     row += count;
   }
+}
+
+// tiles[i] takes i + 1 rows.
+template <int kMost>
+void RunInt8Tiles(const Int8TileFn (&tiles)[kMost], const Int8Product& p, int depth,
+                  int rows, Prefetch* prefetch) {
+  ForEqualTiles(rows, kMost,
+                [&](int row, int count) { tiles[count - 1](p, row, depth, prefetch); });
 }
 
 template <int kBits, int kStrips>
@@ -406,14 +413,14 @@ void Int8Strips(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
 // As many strips at a time as there are registers for sums and totals.
 template <typename G>
 void SmallGroupTiles(const Int8Product& p, int depth, int rows, Prefetch* prefetch) {
-  static constexpr Int8TileFn<Int8Product> kSingle[] = {
+  static constexpr Int8TileFn kSingle[] = {
       SmallGroupTile<G, 1, 1>, SmallGroupTile<G, 2, 1>, SmallGroupTile<G, 3, 1>,
       SmallGroupTile<G, 4, 1>, SmallGroupTile<G, 5, 1>, SmallGroupTile<G, 6, 1>};
   if constexpr (IntVector::kTileStrips > 1) {
-    static constexpr Int8TileFn<Int8Product> kPairs[] = {
+    static constexpr Int8TileFn kPairs[] = {
         SmallGroupTile<G, 1, 2>, SmallGroupTile<G, 2, 2>, SmallGroupTile<G, 3, 2>,
         SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
-    static constexpr Int8TileFn<Int8Product> kPanels[] = {
+    static constexpr Int8TileFn kPanels[] = {
         SmallGroupTile<G, 1, 4>, SmallGroupTile<G, 2, 4>, SmallGroupTile<G, 3, 4>,
         SmallGroupTile<G, 4, 2>, SmallGroupTile<G, 5, 2>, SmallGroupTile<G, 6, 2>};
     if (p.b.strips == 4) return RunInt8Tiles(kPanels, p, depth, rows, prefetch);

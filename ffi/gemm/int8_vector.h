@@ -61,6 +61,7 @@ struct IntVector {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static void Store(Float value, float* dst) { _mm512_storeu_ps(dst, value); }
+  static void Store(Int bits, uint8_t* dst) { _mm512_storeu_si512(dst, bits); }
   static Float Zero() { return _mm512_setzero_ps(); }
   static Float BroadcastFloat(float value) { return _mm512_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm512_cvtepi32_ps(value); }
@@ -115,6 +116,9 @@ struct IntVector {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static void Store(Float value, float* dst) { _mm256_storeu_ps(dst, value); }
+  static void Store(Int bits, uint8_t* dst) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), bits);
+  }
   static Float Zero() { return _mm256_setzero_ps(); }
   static Float BroadcastFloat(float value) { return _mm256_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm256_cvtepi32_ps(value); }

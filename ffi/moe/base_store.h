@@ -76,8 +76,8 @@ class BasePanelLayout {
   int64_t PairBytes(int64_t pairs) const {
     return 2 * pairs * kStrip * even_.strips * even_.encoding.spec().bits() / 8;
   }
-  // Of the scales behind so many depth pairs, all of the panel; of mixed panels those of
-  // the even strips.
+  // Of the scales behind so many depth pairs, all of the panel; of mixed panels those
+  // of the even strips.
   int64_t ScaleBytes(int64_t pairs) const { return even_.bytes - PairBytes(pairs); }
   // Bytes between two panels of one matrix. Large ones are 32 depths further apart than
   // they are long. The backward reads the same rows of every panel: a power of two

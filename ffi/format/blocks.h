@@ -112,16 +112,15 @@ constexpr int CodeOfZero(const BlockSpec& spec) {
   return spec.table ? kIq4Zero : spec.zero;
 }
 
-// The codes of depths 4 quad .. + 3 of 32, a byte each, from the words of one output,
-// or of a vector of outputs (see QuantPanel): word(i) gives number i.
+// The codes of depths 4 quad .. + 3 of 32, a byte each, from the words of one output
+// (see QuantPanel): word(i) gives number i.
 template <int kBits, typename Word>
-[[gnu::always_inline]] inline auto QuadOfCodes(int quad, Word word)
-    -> decltype(word(0)) {
+[[gnu::always_inline]] inline uint32_t QuadOfCodes(int quad, Word word) {
   constexpr uint32_t kOnes = 0x01010101u;
   if constexpr (kBits == 8) return word(quad);
   constexpr int kLow = kBits < 4 ? 2 : 4, kPerWord = 8 / kLow;
-  const auto low = word(quad / kPerWord) >> kLow * (quad % kPerWord);
-  const auto codes = low & kOnes * ((1 << kLow) - 1);
+  const uint32_t low = word(quad / kPerWord) >> kLow * (quad % kPerWord);
+  const uint32_t codes = low & kOnes * ((1 << kLow) - 1);
   if constexpr (kBits == kLow + 1) {
     return codes | (word(kLow) >> quad & kOnes) << kLow;
   } else if constexpr (kBits == kLow + 2 && kLow == 4) {

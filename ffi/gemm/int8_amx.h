@@ -20,11 +20,15 @@
 
 #include "base/types.h"
 #include "gemm/amx_impl.h"
-#include "gemm/int8_blocks_generic.h"
 #include "gemm/int8_rows.h"
 #include "gemm/kernel.h"
 #include "gemm/prefetch.h"
 #include "tile/tile_config.h"
+#if defined(__AVX512F__)
+#include "gemm/int8_block_vector.h"
+#else
+#include "gemm/int8_block_generic.h"
+#endif
 
 namespace ktjax {
 namespace {
@@ -32,44 +36,19 @@ namespace {
 constexpr ptrdiff_t kLaneBytes = 4;
 constexpr int kTileDepth = 64;  // a tile's row of 8-bit codes
 
-// What is put together of kInt8Group depths of a panel in blocks: [sub-blocks][strips].
-struct AmxScales {
-  F32x16 scale[kInt8Group / 16 * kPanelStrips];
-  F32x16 min[kInt8Group / 16 * kPanelStrips];
-};
-
 // A format in blocks.
 struct AmxBlocks {
   int sub_depths;
   float zero;
   bool mins;
-  // The codes of `depth` depths from `begin` on as bytes, in the layout of 8-bit codes,
-  // and their scales.
-  void (*unpack)(const QuantPanel& b, int begin, int depth, uint8_t* bytes,
-                 AmxScales& scales);
+  void (*unpack)(const QuantPanel& b, int begin, int count, uint8_t* bytes);
+  void (*load_scales)(const QuantPanel& b, int begin, int count, BlockScales& out);
 };
 
 template <Format kFormat>
-void UnpackBlocks(const QuantPanel& b, int begin, int depth, uint8_t* bytes,
-                  AmxScales& scales) {
-  constexpr int kSub = SubDepths(*FindBlocks(kFormat));
-  const ptrdiff_t lanes = 4 * kStrip * b.strips;
-  for (int strip = 0; strip < b.strips; ++strip) {
-    for (int d = 0; d < depth; d += kDepth) {
-      UnpackBlock<kFormat>(b, (begin + d) / kDepth, strip,
-                           bytes + d / 4 * lanes + 4 * kStrip * strip, lanes);
-    }
-    for (int d = 0; d < depth; d += kSub) {
-      const int at = d / kSub * b.strips + strip;
-      LoadSubBlock<kFormat>(b, begin + d, strip, scales.scale[at], scales.min[at]);
-    }
-  }
-}
-
-template <Format kFormat>
-constexpr AmxBlocks kAmxBlocks = {SubDepths(*FindBlocks(kFormat)),
-                                  CodeOfZero(*FindBlocks(kFormat)),
-                                  FindBlocks(kFormat)->mins, UnpackBlocks<kFormat>};
+constexpr AmxBlocks kAmxBlocks = {
+    SubDepths(*FindBlocks(kFormat)), CodeOfZero(*FindBlocks(kFormat)),
+    FindBlocks(kFormat)->mins, UnpackBlocks<kFormat>, LoadBlockScales<kFormat>};
 
 // Null where the format is not in blocks.
 inline const AmxBlocks* FindAmxBlocks(Format format) {
@@ -133,13 +112,14 @@ struct GroupScales {
   F32x16 min[kStrips];  // of blocks that have minima
 
   // The group begins at `begin`; `scales` are those of its kInt8Group depths.
-  GroupScales(const AmxInt8Product& p, int begin, const AmxScales& scales) {
+  GroupScales(const AmxInt8Product& p, int begin, const BlockScales& scales) {
     for (int strip = 0; strip < kStrips; ++strip) {
       if (p.blocks) {
-        const int at = begin % kInt8Group / p.group * kStrips + strip;
-        scale[strip] = scales.scale[at];
+        const int at = (begin % kInt8Group / p.group * kStrips + strip) * kStrip;
+        Load(scales.scale + at, scale[strip]);
         zero[strip] = F32x16{} + p.blocks->zero;
-        min[strip] = scales.min[at];
+        min[strip] = F32x16{};
+        if (p.blocks->mins) Load(scales.min + at, min[strip]);
       } else {
         const ptrdiff_t place = ScalePlace(p.b, begin) + strip * kStrip;
         LoadScales(p.format, p.b, place, scale[strip]);
@@ -156,7 +136,7 @@ struct GroupScales {
 // group's depths stand for.
 template <int kStrips>
 void ScaleTiles(const AmxInt8Product& p, int begin, int count, int row, int rows,
-                const AmxScales& scales, const int32_t* sums, float* totals) {
+                const BlockScales& scales, const int32_t* sums, float* totals) {
   const GroupScales<kStrips> group(p, begin, scales);
   const bool mins = p.blocks && p.blocks->mins;
   const bool first = begin % kInt8Group == 0;
@@ -250,7 +230,7 @@ class AmxInt8Gemm {
   static void AllGroups(const AmxInt8Product& p, int row, int end, int tile_rows) {
     Configure(tile_rows, std::min(p.group, kDepth));
     const int bits = p.blocks ? p.format.bits() : CodeBits(p.format);
-    AmxScales scales;
+    BlockScales scales;
     alignas(64) uint8_t bytes[kInt8Group * kStrip * kStrips];
     alignas(64) int32_t sums[kTileMaxRows * kPanel];
     alignas(64) float totals[kTileMaxRows * kPanel];
@@ -258,7 +238,8 @@ class AmxInt8Gemm {
       const int depth = GroupDepth(p.depth, block);
       const uint8_t* codes = p.b.codes + block * bits / 32 * kLanes<kStrips>;
       if (p.blocks) {
-        p.blocks->unpack(p.b, block, depth, bytes, scales);
+        p.blocks->unpack(p.b, block, depth, bytes);
+        p.blocks->load_scales(p.b, block, depth, scales);
         codes = bytes;
       } else if (bits == 4) {
         UnpackNibbles(codes, depth, kStrips, bytes);

@@ -7,8 +7,8 @@
 //
 // What a format is made of comes in two halves: its codes, as operands of the dot
 // product, and its scales. These are put together once for all rows of a call,
-// kInt8Group depths at a time. Few rows take codes as they lie in the panel; for more
-// they are unpacked to bytes first, so that there is one product for all formats.
+// kInt8Group depths at a time. Few rows take codes as they lie in the panel. For more,
+// those that are more than a mask away are unpacked to bytes first.
 //
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_INT8_BLOCKS_H_
@@ -19,6 +19,7 @@
 #include <span>
 
 #include "format/blocks.h"
+#include "gemm/int8_block_vector.h"
 #include "gemm/int8_gemm.h"
 #include "gemm/int8_rows.h"
 #include "gemm/int8_vector.h"
@@ -27,107 +28,6 @@
 
 namespace ktjax {
 namespace {
-
-// How the codes of a format lie in a block: all that the product depends on, so formats
-// that agree in it share their machine code.
-template <int kCodeBits, bool kTableCodes, int kSubDepths, bool kMinima>
-struct BlockCodes {
-  static constexpr int kBits = kCodeBits;
-  static constexpr int kDepths = kSubDepths;  // of a sub-block
-  static constexpr int kSubs = kDepth / kDepths;
-  static constexpr bool kMins = kMinima;
-
-  // The codes of quad kQuad (see QuantPanel) of IntVector::kLanes outputs as unsigned
-  // bytes. Words are `stride` bytes apart.
-  template <int kQuad>
-  [[gnu::always_inline]] static IntVector::Int Quad(const uint8_t* words,
-                                                    ptrdiff_t stride) {
-    if constexpr (kBits == 8) {
-      return IntVector::Load(words + kQuad * stride);
-    } else {
-      constexpr int kLow = kBits < 4 ? 2 : 4, kPerWord = 8 / kLow, kHigh = kBits - kLow;
-      constexpr int kShift = kLow * (kQuad % kPerWord);
-      // Bits that come from the neighbouring byte are masked.
-      IntVector::Int codes =
-          Shift<-kShift>(IntVector::Load(words + kQuad / kPerWord * stride));
-      if constexpr (kHigh > 0) {
-        constexpr int kAt = kHigh == 1 ? kQuad : 2 * (kQuad % 4);
-        const IntVector::Int high =
-            IntVector::Load(words + (kLow + kHigh * kQuad / 8) * stride);
-        codes =
-            IntVector::Select(Bytes((1 << kLow) - 1), codes, Shift<kLow - kAt>(high));
-      }
-      codes = IntVector::And(codes, Bytes((1 << kBits) - 1));
-      return kTableCodes ? IntVector::LookUp(kIq4Codes, codes) : codes;
-    }
-  }
-
- private:
-  static IntVector::Int Bytes(int value) {
-    return IntVector::Broadcast(0x01010101 * value);
-  }
-  // To the left, or to the right where kCount is below 0.
-  template <int kCount>
-  static IntVector::Int Shift(IntVector::Int bits) {
-    if constexpr (kCount > 0) return IntVector::ShiftLeft16<kCount>(bits);
-    if constexpr (kCount < 0) return IntVector::ShiftRight16<-kCount>(bits);
-    return bits;
-  }
-};
-
-template <Format kFormat>
-struct BlockCodesOf {
-  static constexpr BlockSpec kSpec = *FindBlocks(kFormat);
-  using Type = BlockCodes<kSpec.bits, kSpec.table, SubDepths(kSpec), kSpec.mins>;
-  // Of codes that are unpacked.
-  using Bytes = BlockCodes<8, false, SubDepths(kSpec), kSpec.mins>;
-};
-
-// The scales of kInt8Group depths, [sub-blocks][16 * strips].
-struct BlockScales {
-  static constexpr int kSize = kInt8Group / 16 * kPanel;
-  alignas(64) float scale[kSize];
-  alignas(64) float min[kSize];  // where the format has minima
-};
-
-// Fills the scales of `count` depths from `begin` on.
-template <Format kFormat>
-void LoadBlockScales(const QuantPanel& b, int begin, int count, BlockScales& out) {
-  using Float = IntVector::Float;
-  constexpr BlockSpec kSpec = *FindBlocks(kFormat);
-  constexpr int kSubDepths = SubDepths(kSpec);
-  const int lanes = kStrip * b.strips;
-  for (int n = 0; n < lanes; n += IntVector::kLanes) {
-    Float of_block[2];  // scale and minimum
-    for (int i = 0; i < count / kSubDepths; ++i) {
-      const int d = begin + i * kSubDepths;
-      if (i == 0 || d % kSpec.depths == 0) {
-        const ptrdiff_t at = ptrdiff_t{d / kSpec.depths} * lanes + n;
-        of_block[0] =
-            IntVector::LoadHalves(static_cast<const uint16_t*>(b.scales) + at);
-        if constexpr (kSpec.mins) of_block[1] = IntVector::LoadHalves(b.mins + at);
-      }
-      Float scale = of_block[0], min = kSpec.mins ? of_block[1] : IntVector::Zero();
-      if constexpr (kSpec.sub > 0) {
-        const ptrdiff_t at = ptrdiff_t{d / kSubDepths} * lanes + n;
-        IntVector::Int code = IntVector::WidenBytes(b.sub_scales + at);
-        if constexpr (kSpec.sub_mins == SubMins::kPacked) {
-          const IntVector::Int upper = IntVector::ShiftRight16<4>(code);
-          min = IntVector::Mul(min, IntVector::ToFloat(upper));
-          code = IntVector::And(code, IntVector::Broadcast(15));
-        }
-        if constexpr (kSpec.sub_mins == SubMins::kBytes) {
-          const IntVector::Int sub_min = IntVector::WidenBytes(b.sub_mins + at);
-          min = IntVector::Mul(min, IntVector::ToFloat(sub_min));
-        }
-        code = IntVector::Sub(code, IntVector::Broadcast(kSpec.sub_zero));
-        scale = IntVector::Mul(scale, IntVector::ToFloat(code));
-      }
-      IntVector::Store(scale, out.scale + i * lanes + n);
-      if constexpr (kSpec.mins) IntVector::Store(min, out.min + i * lanes + n);
-    }
-  }
-}
 
 // Fetches to L1 what LoadBlockScales will read. With the codes in a stream of their own
 // it comes in up to four more, which are too slow for the CPU to follow: decoding a
@@ -194,21 +94,45 @@ struct BlockGroup {
 // What the sub-blocks of a group need of the sums of codes of kRows rows.
 template <typename B, int kRows>
 struct SubBlockSums {
-  static constexpr int kCount = kInt8Group / B::kDepths;
-  int32_t start[kRows][kCount];  // -zero * sum
-  float minus[kRows][kCount];    // -sum
+  // -zero * sum, or where there are minima -sum in float32.
+  int32_t value[kRows][kInt8Group / B::kDepths];
 
   SubBlockSums(const BlockGroup& g, int row) {
     for (int r = 0; r < kRows; ++r) {
+      if (g.blocks * kDepth == kInt8Group) {
+        LoadGroup(g, row + r, value[r]);
+        continue;
+      }
       for (int i = 0; i < g.blocks * B::kSubs; ++i) {
         const int32_t sum =
             SubBlockSum(g.a, row + r, g.begin + i * B::kDepths, B::kDepths);
-        if constexpr (B::kMins) {
-          minus[r][i] = static_cast<float>(-sum);
-        } else {
-          start[r][i] = -g.zero * sum;
-        }
+        value[r][i] = B::kMins ? __builtin_bit_cast(int32_t, static_cast<float>(-sum))
+                               : -g.zero * sum;
       }
+    }
+  }
+
+ private:
+  // The same, all at once.
+  [[gnu::always_inline]] static void LoadGroup(const BlockGroup& g, int row,
+                                               int32_t* out) {
+    static_assert(kInt8Group / kBlockSumDepths == 8);
+    const int32_t* src = g.a.sums + row * g.a.sum_stride + g.begin / kBlockSumDepths;
+    __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+    if constexpr (B::kSubs == 1) {
+      sums = _mm256_hadd_epi32(sums, sums);  // 0 1 0 1 2 3 2 3
+      sums = _mm256_permute4x64_epi64(sums, 0x08);
+    }
+    if constexpr (B::kMins) {
+      sums = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+      sums = _mm256_castps_si256(_mm256_cvtepi32_ps(sums));
+    } else {
+      sums = _mm256_mullo_epi32(sums, _mm256_set1_epi32(-g.zero));
+    }
+    if constexpr (B::kSubs == 1) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(sums));
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sums);
     }
   }
 };
@@ -254,7 +178,7 @@ template <typename B, int kSub, bool kFetch, int kRows, int kStrips>
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     const IntVector::Int start =
-        IntVector::Broadcast(B::kMins ? 0 : sums.start[r][sub]);
+        IntVector::Broadcast(B::kMins ? 0 : sums.value[r][sub]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = start;
   }
@@ -272,8 +196,8 @@ template <typename B, int kSub, bool kFetch, int kRows, int kStrips>
   const ptrdiff_t at = ptrdiff_t{kStrip} * (sub * g.b.strips + strip);
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    const IntVector::Float minus =
-        IntVector::BroadcastFloat(B::kMins ? sums.minus[r][sub] : 0);
+    const IntVector::Float minus = IntVector::BroadcastFloat(
+        B::kMins ? __builtin_bit_cast(float, sums.value[r][sub]) : 0);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const ptrdiff_t n = at + IntVector::kLanes * v;
@@ -318,7 +242,9 @@ void BlockTile(const BlockGroup& g, int row) {
       a.values + row * a.stride + g.begin, a.stride, kRows, g.blocks * kDepth, buffer);
   const SubBlockSums<B, kRows> sums(g, row);
   const float* row_scales = a.scales + row * a.scale_stride + g.begin / kInt8Group;
-  for (int strip = 0; strip < g.b.strips; strip += kStrips) {
+  const ptrdiff_t c_step = kStrip * g.b.apart;  // between strips
+  float* c = g.c + row * kPanel;
+  for (int strip = 0; strip < g.b.strips; strip += kStrips, c += kStrips * c_step) {
     FloatSums<kRows, kStrips> total;
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -337,12 +263,10 @@ void BlockTile(const BlockGroup& g, int row) {
           IntVector::BroadcastFloat(row_scales[r * a.scale_stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const int place = strip + IntVector::kLanes * v / kStrip;
-        float* dst = g.c + (row + r) * kPanel + kStrip * g.b.apart * place +
+        float* dst = c + r * kPanel + IntVector::kLanes * v / kStrip * c_step +
                      IntVector::kLanes * v % kStrip;
-        const IntVector::Float before =
-            g.begin ? IntVector::LoadFloat(dst) : IntVector::Zero();
-        IntVector::Store(IntVector::MulAdd(total[r][v], row_scale, before), dst);
+        IntVector::Store(
+            IntVector::MulAdd(total[r][v], row_scale, IntVector::LoadFloat(dst)), dst);
       }
     }
   }
@@ -369,34 +293,11 @@ template <typename B>
 std::span<const BlockTileFn> BlockTiles(int strips, bool packed) {
   if constexpr (IntVector::kTileStrips > 1) {
     if (packed && strips == 4) return kPanelTiles<B>;
-    if constexpr (B::kBits == 8) {
+    if constexpr (B::kCheap) {
       if (!packed && strips % 2 == 0) return kPairTiles<B>;
     }
   }
   return kStripTiles<B>;
-}
-
-// The codes of `blocks` blocks as bytes, in the layout of 8-bit codes.
-template <typename B>
-void UnpackBlocks(const uint8_t* words, ptrdiff_t stride, int blocks, uint8_t* bytes) {
-  const auto unpack = [&]<int kQuad>(ptrdiff_t n) __attribute__((always_inline)) {
-    IntVector::Store(B::template Quad<kQuad>(words + n, stride),
-                     bytes + kQuad * stride + n);
-  };
-  for (int block = 0; block < blocks; ++block) {
-    for (ptrdiff_t n = 0; n < stride; n += 4 * IntVector::kLanes) {
-      unpack.template operator()<0>(n);
-      unpack.template operator()<1>(n);
-      unpack.template operator()<2>(n);
-      unpack.template operator()<3>(n);
-      unpack.template operator()<4>(n);
-      unpack.template operator()<5>(n);
-      unpack.template operator()<6>(n);
-      unpack.template operator()<7>(n);
-    }
-    words += B::kBits * stride;
-    bytes += kDepth / 4 * stride;
-  }
 }
 
 // gemm_int8 with weights in blocks.
@@ -405,13 +306,18 @@ void BlocksGemm(const Int8Rows& a, const QuantPanel& b, int depth, int rows, flo
                 Prefetch* prefetch) {
   using B = typename BlockCodesOf<kFormat>::Type;
   using Bytes = typename BlockCodesOf<kFormat>::Bytes;
-  const bool packed = rows <= kPackedRows, unpack = !packed && B::kBits < 8;
+  const bool packed = rows <= kPackedRows, unpack = !packed && !B::kCheap;
   const std::span<const BlockTileFn> tiles =
       unpack ? BlockTiles<Bytes>(b.strips, false) : BlockTiles<B>(b.strips, packed);
   const int most = static_cast<int>(tiles.size());
   const ptrdiff_t stride = ptrdiff_t{4} * kStrip * b.strips;
   alignas(64) uint8_t bytes[kInt8Group * kPanel];
   BlockScales scales;
+  for (int r = 0; r < rows; ++r) {
+    for (int strip = 0; strip < b.strips; ++strip) {
+      ClearRows<1>(c + r * kPanel + kStrip * b.apart * strip, 1);
+    }
+  }
   const int64_t sweeps = CeilDiv(rows, most);
   BlockFetch fetch(prefetch, static_cast<int>(sweeps * (depth / kDepth)));
   for (int begin = 0; begin < depth; begin += kInt8Group) {
@@ -425,7 +331,7 @@ void BlocksGemm(const Int8Rows& a, const QuantPanel& b, int depth, int rows, flo
     }
     LoadBlockScales<kFormat>(b, begin, count, scales);
     const uint8_t* words = b.codes + begin / kDepth * B::kBits * stride;
-    if (unpack) UnpackBlocks<B>(words, stride, count / kDepth, bytes);
+    if (unpack) UnpackBlocks<kFormat>(b, begin, count, bytes);
     const BlockGroup group = {.a = a,
                               .b = b,
                               .c = c,

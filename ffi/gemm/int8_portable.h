@@ -5,14 +5,12 @@
 
 #include <cstring>
 
-#include "gemm/int8_blocks_generic.h"
+#include "gemm/int8_block_generic.h"
 #include "gemm/int8_rows.h"
 #include "gemm/kernel.h"
 
 namespace ktjax {
 namespace {
-
-constexpr int kMaxPortableRows = 8;
 
 // sum += a . codes for `depth` depths of one strip, whose lanes are `stride` bytes
 // apart. In float32, where these integers are exact too, because SSE2 has no product of
@@ -40,32 +38,32 @@ void PortableBlocks(const Int8Rows& a, const QuantPanel& b, int depth, int rows,
   constexpr BlockSpec kSpec = *FindBlocks(kFormat);
   constexpr int kSub = SubDepths(kSpec);
   constexpr float kZero = CodeOfZero(kSpec);
-  constexpr ptrdiff_t kQuad = sizeof(U32x16);
-  alignas(kQuad) uint8_t codes[kDepth / 4 * kQuad];
-  for (int strip = 0; strip < b.strips; ++strip) {
-    float* out = c + strip * kStrip * b.apart;
-    F32x16 totals[kMaxPortableRows] = {};
-    for (int begin = 0; begin < depth; begin += kDepth) {
-      UnpackBlock<kFormat>(b, begin / kDepth, strip, codes, kQuad);
-      for (int sub = begin; sub < begin + kDepth; sub += kSub) {
-        F32x16 scale, min;
-        LoadSubBlock<kFormat>(b, sub, strip, scale, min);
-        for (int r = 0; r < rows; ++r) {
-          F32x16 sum = {};
-          AddCodes<8>(a.values + r * a.stride + sub, codes + (sub - begin) / 4 * kQuad,
-                      kQuad, kSub, sum);
-          const float row_sum = static_cast<float>(SubBlockSum(a, r, sub, kSub));
-          totals[r] += (sum - row_sum * kZero) * scale;
-          if constexpr (kSpec.mins) totals[r] -= row_sum * min;
+  const int lanes = kStrip * b.strips;
+  alignas(64) uint8_t bytes[kInt8Group * kPanel];
+  BlockScales scales;
+  for (int begin = 0; begin < depth; begin += kInt8Group) {
+    const int count = GroupDepth(depth, begin);
+    UnpackBlocks<kFormat>(b, begin, count, bytes);
+    LoadBlockScales<kFormat>(b, begin, count, scales);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* values = a.values + r * a.stride + begin;
+      for (int first = 0; first < lanes; first += kStrip) {
+        F32x16 total = {}, result = {};
+        for (int d = 0; d < count; d += kSub) {
+          F32x16 sum = {}, scale, min;
+          AddCodes<8>(values + d, bytes + d * lanes + 4 * first, 4 * lanes, kSub, sum);
+          const float row_sum = static_cast<float>(SubBlockSum(a, r, begin + d, kSub));
+          Load(scales.scale + d / kSub * lanes + first, scale);
+          total += (sum - row_sum * kZero) * scale;
+          if constexpr (kSpec.mins) {
+            Load(scales.min + d / kSub * lanes + first, min);
+            total -= row_sum * min;
+          }
         }
-      }
-      if (!EndsRowGroup(depth, begin + kDepth)) continue;
-      for (int r = 0; r < rows; ++r) {
-        F32x16 result = {};
-        if (begin >= kInt8Group) Load(out + r * kPanel, result);
-        result += totals[r] * a.scales[r * a.scale_stride + begin / kInt8Group];
-        Store(result, out + r * kPanel);
-        totals[r] = F32x16{};
+        float* dst = c + r * kPanel + first * b.apart;
+        if (begin > 0) Load(dst, result);
+        result += total * a.scales[r * a.scale_stride + begin / kInt8Group];
+        Store(result, dst);
       }
     }
   }

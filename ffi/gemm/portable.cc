@@ -11,6 +11,8 @@
 namespace ktjax {
 namespace {
 
+constexpr int kMaxRows = 8;
+
 void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
           bool accumulate, Prefetch*) {
   for (int r = 0; r < rows; ++r) {
@@ -44,7 +46,7 @@ void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
 
 const Kernels kPortableKernels = {
     .name = "portable",
-    .max_rows = kMaxPortableRows,
+    .max_rows = kMaxRows,
     .row_step = 1,
     .near_rows = 0,
     .gemm = Gemm,

@@ -23,7 +23,7 @@
 namespace ktjax {
 namespace {
 
-// Two groups of 32 rows share the panel's blocks in L1; c takes 16 KiB.
+// c takes 16 KiB of L1, where an epilogue finds it.
 constexpr int kAmxMaxRows = 64;
 constexpr int kAmxRowStep = 2 * kTileMaxRows;
 

@@ -122,8 +122,8 @@ struct SplitRows {
 // below 2^24: exact in int32 and in float32 alike.
 inline constexpr int kInt8Group = 128;
 
-// The depths whose codes have a sum in rows for weights in blocks, however many depths a
-// sub-block has: matrices of several formats share rows.
+// The depths whose codes have a sum in rows for weights in blocks, however many depths
+// a sub-block has: matrices of several formats share rows.
 inline constexpr int kBlockSumDepths = 16;
 
 // Rows of signed 8-bit codes. What row r holds at depth d is

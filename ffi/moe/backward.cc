@@ -520,30 +520,37 @@ class BackwardPass : LoRAGradPass {
     }
   }
 
-  // The depths [64 panel, 64 panel + 16 strips) of `count` gate/up panels as outputs:
-  // all of gate's, then all of up's.
+  // Of the depths [64 panel, 64 panel + 16 strips) of an expert's gate/up panels as
+  // outputs, the `count` parts of 64 new depths from the `first` on. All of gate's come
+  // before all of up's: long runs of dg's and du's rows, of which the processor fetches
+  // what comes next.
   Terms TransposeGateUp(int s, const Group& group, const RowBlock& rows, int panel,
                         int strips, int first, int count,
                         const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
-    bf16* gate = scratch.panel.high;
-    bf16* up = gate + count * kDepth / 2 * stride;
-    for (int i = 0; i < count; ++i) {
-      const bf16* src =
-          Pairs(store_.GateUp(s, rows.expert, first + i), kPanelStrips,
-                panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr);
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = (i * kDepth + half * kStrip) / 2 * stride;
-        const bf16* pair = src + 4 * kStrip * half;
-        kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
-        kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
-      }
-    }
+    const int panels = shard(s).width / kDepth;
+    const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_};
+    bf16* dst = scratch.panel.high;
     Terms terms;
-    terms.Add(HiddenRows(d_gate_, s, group, rows.begin, first * kDepth), OnePart(gate),
-              count * kDepth);
-    terms.Add(HiddenRows(d_up_, s, group, rows.begin, first * kDepth), OnePart(up),
-              count * kDepth);
+    // Gate's half of every panel, then up's.
+    const int last = 2 * (first + count);
+    for (int half = 2 * first, run; half < last; half += run) {
+      const int which = half / panels, begin = half % panels;
+      run = std::min(panels - begin, last - half);
+      for (int i = 0; i < run; ++i) {
+        const bf16* src =
+            Pairs(store_.GateUp(s, rows.expert, begin + i), kPanelStrips,
+                  panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr) +
+            2 * kStrip * which;
+        for (int strip = 0; strip < 2; ++strip) {
+          kernels_.transpose(src + 4 * kStrip * strip, 2 * kPanel, strips / 2,
+                             dst + (i * kDepth + strip * kStrip) / 2 * stride, stride);
+        }
+      }
+      terms.Add(HiddenRows(*arrays[which], s, group, rows.begin, begin * kDepth),
+                OnePart(dst), run * kDepth);
+      dst += run * kDepth / 2 * stride;
+    }
     return terms;
   }
 

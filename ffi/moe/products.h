@@ -369,9 +369,11 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
   prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
   for (int begin = 0; begin < rows; begin += kTransposedRows) {
     const int end = std::min(rows, begin + kTransposedRows);
-    for (int source = 0; source < sources; source += kSourcePanels) {
-      const int count = std::min(kSourcePanels, sources - source);
-      const bool last = source + count == sources;
+    int source = 0, count;
+    for (int left = static_cast<int>(CeilDiv(sources, kSourcePanels)); left > 0;
+         --left, source += count) {
+      count = static_cast<int>(CeilDiv(sources - source, left));
+      const bool last = left == 1;
       Terms terms = transposed(source, count);
       if (last) terms.Add(lora);
       ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
@@ -379,10 +381,10 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
         float* tile = scratch.tile + first * kPanel;
         for (int r = row; last && r < row + tile_rows; ++r) touch(r);
         const Terms tile_terms = terms.From(row);
-        const int64_t left = int64_t{end - row - tile_rows} * count +
-                             int64_t{end - begin} * (sources - source - count) +
-                             int64_t{rows - end} * sources;
-        const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
+        const int64_t to_come = int64_t{end - row - tile_rows} * count +
+                                int64_t{end - begin} * (sources - source - count) +
+                                int64_t{rows - end} * sources;
+        const bool fetch = prefetch.Due(to_come * kPanel / 2 / kFetchRows);
         kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
                       source > 0, fetch ? &prefetch : nullptr);
         if (!last) return;

@@ -520,36 +520,53 @@ class BackwardPass : LoRAGradPass {
     }
   }
 
-  // Of the depths [64 panel, 64 panel + 16 strips) of an expert's gate/up panels as
-  // outputs, the `count` parts of 64 new depths from the `first` on. All of gate's come
-  // before all of up's: long runs of dg's and du's rows, of which the processor fetches
-  // what comes next.
+  // The depths [64 panel, 64 panel + 16 strips) of an expert's gate/up panels as
+  // outputs: of all their outputs, which become depths, `count` parts of 64 from the
+  // `first` on. All of gate's come before all of up's, so that a product reads dg's and
+  // du's rows in long runs, whose lines the processor fetches ahead. Codes are decoded
+  // once: a part then has both of a panel.
   Terms TransposeGateUp(int s, const Group& group, const RowBlock& rows, int panel,
                         int strips, int first, int count,
                         const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
-    const int panels = shard(s).width / kDepth;
+    const auto source = [&](int i) {
+      return Pairs(store_.GateUp(s, rows.expert, i), kPanelStrips, panel * kPanel / 2,
+                   strips * kStrip / 2, scratch, nullptr);
+    };
+    const auto transpose = [&](const bf16* src, int which, bf16* dst) {
+      for (int half = 0; half < 2; ++half) {
+        kernels_.transpose(src + 2 * kStrip * (2 * half + which), 2 * kPanel,
+                           strips / 2, dst + half * kStrip / 2 * stride, stride);
+      }
+    };
     const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_};
     bf16* dst = scratch.panel.high;
     Terms terms;
-    // Gate's half of every panel, then up's.
-    const int last = 2 * (first + count);
+    const auto add = [&](int which, int begin, int panels) {
+      terms.Add(HiddenRows(*arrays[which], s, group, rows.begin, begin * kDepth),
+                OnePart(dst), panels * kDepth);
+      dst += panels * kDepth / 2 * stride;
+    };
+    if (store_.quantised()) {
+      const ptrdiff_t up = count * kDepth / 2 * stride;
+      for (int i = 0; i < count; ++i) {
+        const bf16* src = source(first + i);
+        bf16* const gate = dst + i * kDepth / 2 * stride;
+        transpose(src, 0, gate);
+        transpose(src, 1, gate + up);
+      }
+      add(0, first, count);
+      add(1, first, count);
+      return terms;
+    }
+    const int panels = shard(s).width / kDepth, last = 2 * (first + count);
     for (int half = 2 * first, run; half < last; half += run) {
       const int which = half / panels, begin = half % panels;
       run = std::min(panels - begin, last - half);
       for (int i = 0; i < run; ++i) {
-        const bf16* src =
-            Pairs(store_.GateUp(s, rows.expert, begin + i), kPanelStrips,
-                  panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr) +
-            2 * kStrip * which;
-        for (int strip = 0; strip < 2; ++strip) {
-          kernels_.transpose(src + 4 * kStrip * strip, 2 * kPanel, strips / 2,
-                             dst + (i * kDepth + strip * kStrip) / 2 * stride, stride);
-        }
+        transpose(source(begin + i), which, dst + i * kDepth / 2 * stride);
       }
-      terms.Add(HiddenRows(*arrays[which], s, group, rows.begin, begin * kDepth),
-                OnePart(dst), run * kDepth);
-      dst += run * kDepth / 2 * stride;
+      add(which, begin, run);
     }
     return terms;
   }

@@ -214,8 +214,8 @@ class Products {
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                 Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
-  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
-  static constexpr int kSourcePanels = 12;
+  // Source panels that are transposed at a time: 192 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 24;
   // The product of rows with panels that are transposed first, kSourcePanels of
   // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
   // transposes source panels into scratch.panel and returns the terms of all rows with
@@ -378,7 +378,8 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
       if (last) terms.Add(lora);
       ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
         const int row = begin + first;
-        float* tile = scratch.tile + first * kPanel;
+        // Sums that need not wait stay in one place, in L1.
+        float* tile = scratch.tile + (sources > kSourcePanels ? first * kPanel : 0);
         for (int r = row; last && r < row + tile_rows; ++r) touch(r);
         const Terms tile_terms = terms.From(row);
         const int64_t to_come = int64_t{end - row - tile_rows} * count +

@@ -214,8 +214,8 @@ class Products {
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                 Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
-  // Source panels that are transposed at a time: 192 KiB of an L2, used at once.
-  static constexpr int kSourcePanels = 24;
+  // Source panels that are transposed at a time: 256 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 32;
   // The product of rows with panels that are transposed first, kSourcePanels of
   // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
   // transposes source panels into scratch.panel and returns the terms of all rows with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -74,12 +75,19 @@ class _Forward:
     accelerated: jax.Array | None
 
     def result(self) -> jax.Array:
-        total, *others = [pending.result() for pending in self.sums]
+        parts: list[Array] = [pending.result() for pending in self.sums]
         if self.accelerated is not None:
-            others.append(np.asarray(self.accelerated))
-        for other in others:
-            total = total + other
-        return jnp.asarray(total.astype(self.dtype, copy=False).reshape(self.shape))
+            parts.append(self.accelerated)
+        if len(parts) == 1:
+            (alone,) = parts
+            return jnp.asarray(alone.astype(self.dtype, copy=False).reshape(self.shape))
+        return _rounded_sum(parts, self.dtype, self.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rounded_sum(parts: list[Array], dtype: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Float32 arrays, added in their order where the accelerator's part is."""
+    return functools.reduce(jnp.add, parts).astype(dtype).reshape(shape)
 
 
 class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
@@ -370,13 +378,15 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
                 compute=self.compute,
             )
 
-        sums = [submit(now)] + ([] if handed is None else [handed])
+        # First the accelerator, which needs a thread of the host for a moment only: the
+        # pool takes all of them.
         accelerated = None
         if self.gpu_experts:
             table = places(self.num_experts, self.gpu_experts)
             accelerated = grouped.moe(
                 *map(jnp.asarray, (rows, table[ids], w)), *self._gpu_weights()
             )
+        sums = [submit(now)] + ([] if handed is None else [handed])
         if later is not None:
             DeferredSums.put(self.weight_path, self.layer_idx, submit(later))
         return _Forward(x.shape, x.dtype, sums, accelerated)

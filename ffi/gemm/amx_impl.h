@@ -23,21 +23,13 @@
 namespace ktjax {
 namespace {
 
-// Two groups of 32 rows share the panel's blocks in L1; c takes 16 KiB.
+// c takes 16 KiB of L1, where an epilogue finds it.
 constexpr int kAmxMaxRows = 64;
 constexpr int kAmxRowStep = 2 * kTileMaxRows;
 
-// Groups of 32 rows go through the depth in blocks of about 8 steps of 32: 16 KiB of
-// rows that the second pair of strips finds in L1, where straight through all depths
-// every tile would come from L2, at 64 bytes a cycle of TDPBF16PS: more than L2
-// delivers.
-constexpr int kBlockSteps = 8;
-
-// What a block reads for the first time is fetched to L1 so many steps ahead: a tile
-// load waits for its 16 lines, and the next one waits for it. (Measured on a Xeon: a
-// sixth of a forward of 32 rows an expert.)
+// What is read is fetched to L1 so many steps ahead: a tile load waits for its 16
+// lines, and the next one waits for it.
 constexpr int kStepsAhead = 2;
-enum FetchOperands { kFetchNone = 0, kFetchA = 1, kFetchB = 2, kFetchBoth = 3 };
 
 constexpr int kPairsPerStep = kDepth / 2;
 constexpr int kPrefetchLines = Prefetch::kMaxPerPair;
@@ -45,12 +37,6 @@ constexpr ptrdiff_t kRowBytes = sizeof(float) * kPanel;
 
 // The rows that the tiles are configured for, first row tile * 32 + second; 0: none.
 thread_local int configured_rows = 0;
-
-// A place in the sum over all terms: a term and a step of 32 depths in it.
-struct SumPosition {
-  const Term* term;
-  int step;
-};
 
 inline int StepsOf(const Term& term) {
   return static_cast<int>(CeilDiv(term.depth, kDepth));
@@ -67,24 +53,30 @@ class AmxGemm {
 
   static void Gemm(const Term* terms, int n_terms, int rows, int strips, float* c,
                    bool accumulate, Prefetch* prefetch) {
-    int steps = 0;
-    for (int i = 0; i < n_terms; ++i) steps += StepsOf(terms[i]);
     const int whole = rows / kAmxRowStep * kAmxRowStep;
     const int rest = rows - whole;
+    const Terms all{terms, n_terms};
     if (whole) {
       Configure(kTileMaxRows, kTileMaxRows);
-      InBlocks(terms, steps, 0, whole, strips, c, accumulate, prefetch);
+      for (int row = 0; row < whole; row += kAmxRowStep) {
+        Group<2>(all, row, strips, c, accumulate, prefetch);
+      }
     }
     if (rest > kTileMaxRows) {
       Configure(kTileMaxRows, rest - kTileMaxRows);
-      InBlocks(terms, steps, whole, rows, strips, c, accumulate, prefetch);
+      Group<2>(all, whole, strips, c, accumulate, prefetch);
     } else if (rest) {
       Configure(rest, rest);
-      Group<1>({terms, 0}, steps, whole, strips, c, accumulate, prefetch, kFetchBoth);
+      Group<1>(all, whole, strips, c, accumulate, prefetch);
     }
   }
 
  private:
+  struct Terms {
+    const Term* first;
+    int count;
+  };
+
   static void Configure(int first_rows, int second_rows) {
     const int key = 32 * first_rows + second_rows;
     if (configured_rows == key) return;
@@ -99,31 +91,10 @@ class AmxGemm {
     configured_rows = key;
   }
 
-  // Groups of 32 rows (the last one of 17 to 32) through all steps, in blocks.
-  static void InBlocks(const Term* terms, int steps, int row, int end, int strips,
-                       float* c, bool accumulate, Prefetch* prefetch) {
-    SumPosition from{terms, 0};
-    while (steps > 0) {
-      const int count = steps < 3 * kBlockSteps / 2 ? steps : kBlockSteps;
-      for (int group = row; group < end; group += kAmxRowStep) {
-        Group<2>(from, count, group, strips, c, accumulate, prefetch,
-                 group == row ? kFetchBoth : kFetchA);
-      }
-      accumulate = true;
-      steps -= count;
-      from.step += count;
-      while (steps > 0 && from.step >= StepsOf(*from.term)) {
-        from.step -= StepsOf(*from.term);
-        ++from.term;
-      }
-    }
-  }
-
-  // One group of rows through `steps` steps, two or four strips at a time. `fetch` says
-  // which operands no group has read before.
+  // One group of rows through all terms, two or four strips at a time.
   template <int kRowTiles>
-  static void Group(SumPosition from, int steps, int row, int strips, float* c,
-                    bool accumulate, Prefetch* prefetch, int fetch) {
+  static void Group(Terms terms, int row, int strips, float* c, bool accumulate,
+                    Prefetch* prefetch) {
     constexpr int kWidth = kRowTiles == 2 ? 2 : 4;
     c += row * kPanel;
     for (int first = 0; first < strips; first += kWidth) {
@@ -133,14 +104,9 @@ class AmxGemm {
       Open<kRowTiles, 1>(part, width, accumulate);
       Open<kRowTiles, 2>(part, width, accumulate);
       Open<kRowTiles, 3>(part, width, accumulate);
-      SumPosition at = from;
-      for (int left = steps; left > 0; ++at.term, at.step = 0) {
-        const int available = StepsOf(*at.term) - at.step;
-        const int count = available < left ? available : left;
-        AddTerm<kRowTiles>(at, count, row, first, width, strips, prefetch, fetch);
-        left -= count;
+      for (int i = 0; i < terms.count; ++i) {
+        AddTerm<kRowTiles>(terms.first[i], row, first, width, strips, prefetch);
       }
-      fetch &= ~kFetchA;
       Close<kRowTiles, 0>(part, width);
       Close<kRowTiles, 1>(part, width);
       Close<kRowTiles, 2>(part, width);
@@ -179,12 +145,10 @@ class AmxGemm {
     ptrdiff_t b_stride;  // bytes
   };
 
-  // `count` steps of one term, for those of the strips [first, first + width) of c that
-  // it feeds.
+  // One term, for those of the strips [first, first + width) of c that it feeds.
   template <int kRowTiles>
-  static void AddTerm(SumPosition at, int count, int row, int first, int width,
-                      int strips, Prefetch* prefetch, int fetch) {
-    const Term& term = *at.term;
+  static void AddTerm(const Term& term, int row, int first, int width, int strips,
+                      Prefetch* prefetch) {
     int mask = 0, fed_before = 0;
     for (int strip = term.first_strip; strip < first + width;
          strip += term.strip_step) {
@@ -195,16 +159,16 @@ class AmxGemm {
       }
     }
     const ptrdiff_t pair = 2 * kStrip * TermWidth(term, strips);
-    const bf16* a = term.a + row * term.a_stride + at.step * kDepth;
-    const bf16* b = term.b + at.step * kPairsPerStep * pair + 2 * kStrip * fed_before;
+    const bf16* a = term.a + row * term.a_stride;
+    const bf16* b = term.b + 2 * kStrip * fed_before;
     const Operands operands = {reinterpret_cast<const char*>(a),
                                static_cast<ptrdiff_t>(sizeof(bf16)) * term.a_stride,
                                reinterpret_cast<const char*>(b),
                                static_cast<ptrdiff_t>(sizeof(bf16)) * pair};
-    using Add = void (*)(Operands, int, Prefetch*, int);
+    using Add = void (*)(Operands, int, Prefetch*);
     if constexpr (kRowTiles == 2) {
       static constexpr Add kAdd[] = {Skip, AddMask<2, 1>, AddMask<2, 2>, AddMask<2, 3>};
-      kAdd[mask](operands, count, prefetch, fetch);
+      kAdd[mask](operands, StepsOf(term), prefetch);
     } else {
       static constexpr Add kAdd[] = {
           Skip,           AddMask<1, 1>,  AddMask<1, 2>,  AddMask<1, 3>,
@@ -212,52 +176,40 @@ class AmxGemm {
           AddMask<1, 8>,  AddMask<1, 9>,  AddMask<1, 10>, AddMask<1, 11>,
           AddMask<1, 12>, AddMask<1, 13>, AddMask<1, 14>, AddMask<1, 15>,
       };
-      kAdd[mask](operands, count, prefetch, fetch);
+      kAdd[mask](operands, StepsOf(term), prefetch);
     }
   }
 
-  static void Skip(Operands, int, Prefetch*, int) {}
+  static void Skip(Operands, int, Prefetch*) {}
 
   template <int kRowTiles, int kMask>
-  static void AddMask(Operands operands, int count, Prefetch* prefetch,
-                      [[maybe_unused]] int fetch) {
+  static void AddMask(Operands operands, int count, Prefetch* prefetch) {
     // Terms that skip strips are short (LoRA): prefetching is left to the others.
     constexpr bool kDense = (kMask & (kMask + 1)) == 0;
     while (count > 0) {
       const PrefetchRun run =
           kDense ? NextRun(prefetch, count, kPairsPerStep, kPairsPerStep)
                  : PrefetchRun{.steps = count};
-      // One row tile is a group that reads all for the first time.
-      if constexpr (kRowTiles == 1) {
-        ByLines<1, kMask, kFetchBoth>(operands, run);
-      } else if (fetch == kFetchBoth) {
-        ByLines<2, kMask, kFetchBoth>(operands, run);
-      } else if (fetch == kFetchA) {
-        ByLines<2, kMask, kFetchA>(operands, run);
-      } else if (fetch == kFetchB) {
-        ByLines<2, kMask, kFetchB>(operands, run);
-      } else {
-        ByLines<2, kMask, kFetchNone>(operands, run);
-      }
+      ByLines<kRowTiles, kMask>(operands, run);
       operands.a += static_cast<ptrdiff_t>(kTileRowBytes) * run.steps;
       operands.b += kPairsPerStep * operands.b_stride * run.steps;
       count -= run.steps;
     }
   }
 
-  template <int kRowTiles, int kMask, int kFetch>
+  template <int kRowTiles, int kMask>
   static void ByLines(Operands operands, PrefetchRun run) {
     switch (run.lines_per_step / kPairsPerStep) {
       case 0:
-        return AddSteps<kRowTiles, kMask, kFetch, 0>(operands, run);
+        return AddSteps<kRowTiles, kMask, 0>(operands, run);
       case 1:
-        return AddSteps<kRowTiles, kMask, kFetch, 1>(operands, run);
+        return AddSteps<kRowTiles, kMask, 1>(operands, run);
       case 2:
-        return AddSteps<kRowTiles, kMask, kFetch, 2>(operands, run);
+        return AddSteps<kRowTiles, kMask, 2>(operands, run);
       case 3:
-        return AddSteps<kRowTiles, kMask, kFetch, 3>(operands, run);
+        return AddSteps<kRowTiles, kMask, 3>(operands, run);
       default:
-        return AddSteps<kRowTiles, kMask, kFetch, kPrefetchLines>(operands, run);
+        return AddSteps<kRowTiles, kMask, kPrefetchLines>(operands, run);
     }
   }
 
@@ -271,7 +223,7 @@ class AmxGemm {
   }
 
   // The inner loop: kLines prefetches per depth pair, spread over the products.
-  template <int kRowTiles, int kMask, int kFetch, int kLines>
+  template <int kRowTiles, int kMask, int kLines>
   [[gnu::noinline]] static void AddSteps(Operands operands, PrefetchRun run) {
     const char* a = operands.a;
     const char* second_a = a + kTileMaxRows * operands.a_stride;
@@ -282,16 +234,14 @@ class AmxGemm {
       Tiles::template Load<4>(a, operands.a_stride);
       if constexpr (kRowTiles == 2)
         Tiles::template Load<5>(second_a, operands.a_stride);
-      if constexpr (kFetch & kFetchA) {
-        FetchTile(a + kStepsAhead * kTileRowBytes, operands.a_stride);
-        if constexpr (kRowTiles == 2)
-          FetchTile(second_a + kStepsAhead * kTileRowBytes, operands.a_stride);
-      }
-      AddStrip<kRowTiles, kMask, kFetch, 0, kLines>(b, operands, run.line);
-      AddStrip<kRowTiles, kMask, kFetch, 1, kLines>(b, operands, run.line);
+      FetchTile(a + kStepsAhead * kTileRowBytes, operands.a_stride);
+      if constexpr (kRowTiles == 2)
+        FetchTile(second_a + kStepsAhead * kTileRowBytes, operands.a_stride);
+      AddStrip<kRowTiles, kMask, 0, kLines>(b, operands, run.line);
+      AddStrip<kRowTiles, kMask, 1, kLines>(b, operands, run.line);
       if constexpr (kRowTiles == 1) {
-        AddStrip<kRowTiles, kMask, kFetch, 2, kLines>(b, operands, run.line);
-        AddStrip<kRowTiles, kMask, kFetch, 3, kLines>(b, operands, run.line);
+        AddStrip<kRowTiles, kMask, 2, kLines>(b, operands, run.line);
+        AddStrip<kRowTiles, kMask, 3, kLines>(b, operands, run.line);
       }
       second_a += kTileRowBytes;
       b += b_step;
@@ -299,7 +249,7 @@ class AmxGemm {
     }
   }
 
-  template <int kRowTiles, int kMask, int kFetch, int kStripOfC, int kLines>
+  template <int kRowTiles, int kMask, int kStripOfC, int kLines>
   [[gnu::always_inline]] static void AddStrip(const char* b, const Operands& operands,
                                               const char* line) {
     if constexpr (kMask >> kStripOfC & 1) {
@@ -310,10 +260,8 @@ class AmxGemm {
       Tiles::template Load<kB, kTileRowBytes * kIndex>(b, b_stride);
       Tiles::template Dot<kStripOfC, 4, kB>();
       if constexpr (kRowTiles == 2) Tiles::template Dot<2 + kStripOfC, 5, kB>();
-      if constexpr (kFetch & kFetchB) {
-        FetchTile(b + kStepsAhead * kPairsPerStep * b_stride + kTileRowBytes * kIndex,
-                  b_stride);
-      }
+      FetchTile(b + kStepsAhead * kPairsPerStep * b_stride + kTileRowBytes * kIndex,
+                b_stride);
       constexpr int kLinesPerStep = kPairsPerStep * kLines;
 #pragma GCC unroll 64
       for (int i = kLinesPerStep * kIndex / kFed;

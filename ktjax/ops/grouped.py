@@ -50,27 +50,46 @@ def _one_by_one(
 def sorted_groups(
     x: Array, ids: Array, w: Array, gate: Array, up: Array, down: Array
 ) -> Array:
-    """`moe` of `[tokens, hidden]`, by products of groups of rows."""
+    """`moe` of `[tokens, hidden]`, by a batch of products of blocks of rows.
+
+    Slots are sorted by expert, those of an expert fill blocks, and a block is
+    multiplied by a copy of its expert's matrices. Blocks have as many rows as experts
+    have on average, so there are at most twice as many as experts, or with few slots
+    one for each; `jax.lax.ragged_dot` on a GPU multiplies every row by every matrix.
+    """
     experts, (tokens, k) = len(gate), ids.shape
+    slots = tokens * k
+    rows = 1 << max(-(-slots // experts) - 1, 0).bit_length()
+    # What the sizes of the groups, each rounded up, can come to.
+    blocks = (slots + min(experts, slots) * (rows - 1)) // rows
+
     # Skipped slots come last, in no group.
     expert = jnp.where(ids < 0, experts, ids).reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=experts + 1)[:experts].astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=experts + 1)
+    filled = -(-sizes // rows)
+    ends = jnp.cumsum(filled)
+    shift = rows * (ends - filled) - (jnp.cumsum(sizes) - sizes)
+    row = (jnp.arange(slots) + shift[expert[order]]).astype(jnp.int32)
+    chosen = ids.reshape(-1) >= 0
+    # Rows that nobody fills are those of token 0, and nobody reads them.
+    tokens_of = jnp.zeros(blocks * rows, jnp.int32).at[row].set(order // k, mode="drop")
+    of_block = jnp.searchsorted(ends[:-1], jnp.arange(blocks), side="right")
+    of_block = jnp.minimum(of_block, experts - 1)
 
-    def product(rows: Array, matrix: Array) -> Array:
-        return jax.lax.ragged_dot(
-            rows,
-            matrix.astype(rows.dtype).swapaxes(1, 2),
-            sizes,
+    def product(values: Array, matrix: Array) -> Array:
+        return jnp.einsum(
+            "bri,boi->bro",
+            values,
+            matrix[of_block].astype(values.dtype),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
 
-    rows = x[order // k]
-    hidden = jax.nn.silu(product(rows, gate)) * product(rows, up)
-    out = product(hidden.astype(x.dtype), down)
-    # What a product has beyond its groups is not defined.
-    chosen = (expert[order] < experts)[:, None]
-    out = jnp.where(chosen, w.reshape(-1)[order, None] * out, 0)
-    # Back in the order of slots, so that every token's sum has a fixed order.
-    return out[jnp.argsort(order)].reshape(tokens, k, x.shape[-1]).sum(1)
+    values = x[tokens_of].reshape(blocks, rows, x.shape[-1])
+    hidden = jax.nn.silu(product(values, gate)) * product(values, up)
+    out = product(hidden.astype(x.dtype), down).reshape(-1, x.shape[-1])
+    # In the order of slots, so that every token's sum has a fixed order.
+    row_of = jnp.zeros(slots, jnp.int32).at[order].set(row)
+    out = jnp.where(chosen[:, None], w.reshape(-1, 1) * out[row_of], 0)
+    return out.reshape(tokens, k, x.shape[-1]).sum(1)

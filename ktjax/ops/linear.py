@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ktjax.lora import LinearLoRA
+from ktjax.ops.host import host_call
 from ktjax.ops.native import fold, one_by_one, unfold
 from ktjax.ops.vjp import is_primal, primal_leaves
 from ktjax.store_base import check_handle
@@ -151,9 +152,9 @@ def forward(spec: LinearSpec) -> Callable[..., Array]:
     @jax.custom_batching.custom_vmap
     def call(x, handle, lora):
         shape = jax.ShapeDtypeStruct((x.shape[0], spec.out_features), x.dtype)
-        return jax.ffi.ffi_call("ktjax_linear_forward", shape)(
-            x, handle, *_operands(lora), **_attributes(spec, lora)
-        )
+        run = host_call("ktjax_linear_forward", [shape], **_attributes(spec, lora))
+        (y,) = run(x, handle, *_operands(lora))
+        return y
 
     @call.def_vmap
     def batched(axis_size, in_batched, x, handle, lora):
@@ -182,17 +183,14 @@ def backward(spec: LinearSpec, needs: LinearNeeds) -> Callable[..., tuple[Any, A
             results += [
                 jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (lora.a, lora.b)
             ]
-        out = list(
-            jax.ffi.ffi_call("ktjax_linear_backward", results)(
-                gy,
-                handle,
-                *_operands(lora),
-                *(() if x is None else (x,)),
-                need_x=needs.x,
-                need_lora=needs.lora,
-                **_attributes(spec, lora),
-            )
+        run = host_call(
+            "ktjax_linear_backward",
+            results,
+            need_x=needs.x,
+            need_lora=needs.lora,
+            **_attributes(spec, lora),
         )
+        out = run(gy, handle, *_operands(lora), *(() if x is None else (x,)))
         grad_x = out.pop(0) if needs.x else None
         return grad_x, LinearLoRA(*out) if needs.lora else None
 

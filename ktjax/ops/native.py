@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ktjax import backend  # noqa: F401  (registers the targets)
 from ktjax.lora import LoRA
 from ktjax.ops.dropout import threshold
+from ktjax.ops.host import host_call
 
 Array = Any
 _TILE = 32  # kDepth of the native library: columns of kept values are padded to this
@@ -86,17 +86,13 @@ def forward(spec: Spec) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
     @jax.custom_batching.custom_vmap
     def call(x, ids, w, handle, lora, seed):
         kept = _kept_shapes(spec, x, ids, lora) if spec.keep else []
-        y, *kept = jax.ffi.ffi_call(
-            "ktjax_moe_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept]
-        )(
-            x,
-            ids,
-            w,
-            handle,
-            *_operands(spec, lora, seed),
+        run = host_call(
+            "ktjax_moe_forward",
+            [jax.ShapeDtypeStruct(x.shape, x.dtype), *kept],
             keep=spec.keep,
             **_attributes(spec, lora),
         )
+        y, *kept = run(x, ids, w, handle, *_operands(spec, lora, seed))
         return y, tuple(kept)
 
     @call.def_vmap
@@ -138,22 +134,16 @@ def backward(spec: Spec, needs: Needs) -> Callable[..., tuple[Any, Any, Any]]:
             results.append(jax.ShapeDtypeStruct(w.shape, w.dtype))
         if needs.lora:
             results += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lora.arrays()]
-        out = list(
-            jax.ffi.ffi_call("ktjax_moe_backward", results)(
-                x,
-                ids,
-                w,
-                handle,
-                gy,
-                *_operands(spec, lora, seed),
-                *kept,
-                kept=bool(kept),
-                need_x=needs.x,
-                need_w=needs.w,
-                need_lora=needs.lora,
-                **_attributes(spec, lora),
-            )
+        run = host_call(
+            "ktjax_moe_backward",
+            results,
+            kept=bool(kept),
+            need_x=needs.x,
+            need_w=needs.w,
+            need_lora=needs.lora,
+            **_attributes(spec, lora),
         )
+        out = run(x, ids, w, handle, gy, *_operands(spec, lora, seed), *kept)
         grad_x = out.pop(0) if needs.x else None
         grad_w = out.pop(0) if needs.w else None
         return grad_x, grad_w, LoRA(*out) if needs.lora else None

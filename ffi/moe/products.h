@@ -235,8 +235,8 @@ class Products {
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                 Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
-  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
-  static constexpr int kSourcePanels = 12;
+  // Source panels that are transposed at a time: 256 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 32;
   // The product of rows with panels that are transposed first, kSourcePanels of
   // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
   // transposes source panels into scratch.panel and returns the terms of all rows with
@@ -399,20 +399,23 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
   prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
   for (int begin = 0; begin < rows; begin += kTransposedRows) {
     const int end = std::min(rows, begin + kTransposedRows);
-    for (int source = 0; source < sources; source += kSourcePanels) {
-      const int count = std::min(kSourcePanels, sources - source);
-      const bool last = source + count == sources;
+    int source = 0, count;
+    for (int left = static_cast<int>(CeilDiv(sources, kSourcePanels)); left > 0;
+         --left, source += count) {
+      count = static_cast<int>(CeilDiv(sources - source, left));
+      const bool last = left == 1;
       Terms terms = transposed(source, count);
       if (last) terms.Add(lora);
       ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
         const int row = begin + first;
-        float* tile = scratch.tile + first * kPanel;
+        // Sums that need not wait stay in one place, in L1.
+        float* tile = scratch.tile + (sources > kSourcePanels ? first * kPanel : 0);
         for (int r = row; last && r < row + tile_rows; ++r) touch(r);
         const Terms tile_terms = terms.From(row);
-        const int64_t left = int64_t{end - row - tile_rows} * count +
-                             int64_t{end - begin} * (sources - source - count) +
-                             int64_t{rows - end} * sources;
-        const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
+        const int64_t to_come = int64_t{end - row - tile_rows} * count +
+                                int64_t{end - begin} * (sources - source - count) +
+                                int64_t{rows - end} * sources;
+        const bool fetch = prefetch.Due(to_come * kPanel / 2 / kFetchRows);
         kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
                       source > 0, fetch ? &prefetch : nullptr);
         if (!last) return;

@@ -40,6 +40,12 @@ struct Term {
   int strip_step = 1;
 };
 
+// Contiguous bytes.
+struct ByteSpan {
+  const char* first;
+  int64_t size;
+};
+
 // Cache lines to fetch while the product runs: `chunks` runs of `chunk_bytes`, `stride`
 // bytes apart. The kernel issues at most a few prefetches per depth pair and advances
 // `position` (bytes issued so far), so that consecutive calls share one schedule.
@@ -55,9 +61,9 @@ struct Prefetch {
   // To L1 and past the other caches, for what is used soon and then no more; else to
   // L2. A hint.
   bool near = false;
-  // Contiguous bytes to fetch after all that.
-  const char* more = nullptr;
-  int64_t more_bytes = 0;
+  // What to fetch after all that, in this order.
+  const ByteSpan* more = nullptr;
+  int more_count = 0;
   // Contiguous bytes to fetch beside all that, to L2, evenly over the product: scales,
   // which are few and lie apart from the codes that are fetched near. A hint.
   const char* scales = nullptr;
@@ -67,7 +73,9 @@ struct Prefetch {
   static constexpr int kMaxPerPair = 4;  // lines
 
   [[gnu::always_inline]] int64_t Lines() const {
-    return CeilDiv(total_bytes + more_bytes, 64);
+    int64_t bytes = total_bytes;
+    for (int i = 0; i < more_count; ++i) bytes += more[i].size;
+    return CeilDiv(bytes, 64);
   }
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are
   // to hide behind, the more lines per pair. Codes of one line a pair have scales

@@ -33,12 +33,14 @@ struct PrefetchRun {
 // of `shares`, for kernels that fetch in so many equal shares.
 inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1) {
   if (!prefetch) return {.steps = steps};
-  if (prefetch->position >= prefetch->total_bytes) {
-    if (prefetch->more_bytes == 0) return {.steps = steps};
-    prefetch->base = prefetch->more;
+  while (prefetch->position >= prefetch->total_bytes) {
+    if (prefetch->more_count == 0) return {.steps = steps};
+    prefetch->base = prefetch->more->first;
     prefetch->stride = 0;
-    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more_bytes;
-    prefetch->position = prefetch->more_bytes = 0;
+    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more->size;
+    prefetch->position = 0;
+    ++prefetch->more;
+    --prefetch->more_count;
   }
   const int lines = static_cast<int>(
       shares * CeilDiv(pairs * prefetch->rate, Prefetch::kPerPair * shares));

@@ -247,7 +247,7 @@ def submit_forward_registered(
             f"forward: out: expected C-contiguous {x.shape}, got {y.shape} with "
             f"strides {y.strides}"
         )
-    int8 = check_compute(compute, store.format, where="forward")
+    int8 = check_compute(compute, store.formats, where="forward")
     call = _native.submit_forward(
         *store.words(), native_bits(x), ids, w, native_bits(y), (x, ids, w, y), int8
     )

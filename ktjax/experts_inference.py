@@ -24,7 +24,13 @@ from ktjax.io import converted
 from ktjax.io.safetensors import Checkpoint
 from ktjax.ops import grouped
 from ktjax.ops.api import moe
-from ktjax.quant.formats import BLOCK_FORMATS, Encoding, check_compute
+from ktjax.quant.formats import (
+    BLOCK_FORMATS,
+    INT8_FORMATS,
+    Encoding,
+    check_method_compute,
+)
+from ktjax.store import ExpertStore
 
 Array = Any
 Compute = Literal["bf16", "int8"]
@@ -36,7 +42,8 @@ class Method(NamedTuple):
     Attributes:
       formats: store formats that weights may be in, the one that float weights get
         first. Weights that are stored in another of them stay as they are.
-      compute: how products are computed unless the user says otherwise.
+      compute: how products are computed unless the user says otherwise; "bf16" for
+        layers in a format that has no "int8".
     """
 
     formats: tuple[str, ...]
@@ -57,7 +64,7 @@ METHODS: dict[str, Method] = {
     "MXFP8": Method(("mxfp8",), "bf16"),
     "BF16": Method(("bf16",), "bf16"),
     # What a GGUF file has, as it has it.
-    "LLAMAFILE": Method(("bf16", *BLOCK_FORMATS), "bf16"),
+    "LLAMAFILE": Method(("bf16", *BLOCK_FORMATS), "int8"),
 }
 
 
@@ -118,7 +125,8 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
 
     Attributes:
       method: a key of `METHODS`.
-      compute: "bf16" or "int8", as in `ktjax.moe`.
+      compute: "bf16" or "int8", as in `ktjax.moe`; with loaded weights, what they are
+        computed with.
       gpu_gate: `AcceleratorExperts` `[gpu experts, intermediate, hidden]` bfloat16, or
         None without such experts, as are `gpu_up` and `gpu_down`, which is `[gpu
         experts, hidden, intermediate]`.
@@ -168,7 +176,7 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
             )
         formats, usual = METHODS[method]
         Encoding.of(formats[0], group_size, zero_point, where=method)
-        check_compute(compute, formats[0], where=method)
+        check_method_compute(compute, formats, where=method)
         if cpu_save and method == "LLAMAFILE":
             raise ValueError(
                 "cpu_save must be False for method 'LLAMAFILE': a GGUF file loads "
@@ -192,6 +200,7 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
         self.method = method
         self.group_size = group_size
         self.zero_point = zero_point
+        self._chosen_compute = compute
         self.compute: Compute = compute or usual
         self.store_handle = StoreHandle(jnp.zeros(2, jnp.uint32))
         self._store_form: experts_state.StoreForm | None = None
@@ -295,6 +304,12 @@ class InferenceMoEWrapper(LoadsExperts, BaseMoEWrapper):
         for name, matrix in zip(("gate", "up", "down"), matrices, strict=True):
             value = jnp.asarray(np.stack(matrix))
             setattr(self, f"gpu_{name}", AcceleratorExperts(value))
+
+    def _adopt(self, store: ExpertStore) -> experts_state.LoadedExperts:
+        usual = METHODS[self.method].compute
+        if self._chosen_compute is None:
+            self.compute = usual if set(store.formats) <= set(INT8_FORMATS) else "bf16"
+        return super()._adopt(store)
 
     def forward(
         self, hidden_states: Array, expert_ids: Array, weights: Array

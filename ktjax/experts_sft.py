@@ -13,7 +13,7 @@ from ktjax.experts_sft_base import LORA_NAMES, BaseSFTMoEWrapper
 from ktjax.experts_weights import LoadsExperts
 from ktjax.lora import LoRA
 from ktjax.ops.api import moe
-from ktjax.quant.formats import BLOCK_FORMATS, Encoding, check_compute
+from ktjax.quant.formats import BLOCK_FORMATS, Encoding, check_method_compute
 from ktjax.store import ExpertStore
 
 __all__ = ["AMXSFTMoEWrapper", "BaseSFTMoEWrapper", "KExpertsSFTBuffer"]
@@ -92,7 +92,7 @@ class AMXSFTMoEWrapper(LoadsExperts, BaseSFTMoEWrapper):
             )
         format = self.METHODS[method][0]
         Encoding.of(format, group_size, zero_point, where=method)
-        check_compute(compute, format, where=method)
+        check_method_compute(compute, self.METHODS[method], where=method)
         super().__init__(
             layer_idx,
             num_experts,
@@ -111,7 +111,7 @@ class AMXSFTMoEWrapper(LoadsExperts, BaseSFTMoEWrapper):
         self.method = method
         self.group_size = group_size
         self.zero_point = zero_point
-        self.compute = compute
+        self.compute = self._chosen_compute = compute
 
     @property
     def _formats(self) -> tuple[str, ...]:

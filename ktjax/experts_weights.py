@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ktjax.io.experts import ExpertWeights, read_experts
 from ktjax.io.gguf import GGUFCheckpoint, is_gguf
 from ktjax.io.gguf_experts import read_gguf_experts
 from ktjax.io.safetensors import Checkpoint
-from ktjax.quant.formats import BLOCK_FORMATS, Quantized
+from ktjax.quant.formats import BLOCK_FORMATS, Quantized, check_compute
 from ktjax.store import ExpertStore
 
 Array = Any
@@ -35,6 +35,7 @@ class LoadsExperts(_MoEBase, nnx.Module):
       layer_idx, num_experts, hidden_size, moe_intermediate_size, weight_path: as given.
       method: the wrapper's method, which begins errors.
       group_size, zero_point: options of the storage format.
+      _chosen_compute: the user's `compute`, or None.
       store_handle: the `uint32[2]` handle, an nnx.Variable.
     """
 
@@ -46,6 +47,7 @@ class LoadsExperts(_MoEBase, nnx.Module):
     method: str
     group_size: int | None
     zero_point: bool
+    _chosen_compute: Literal["bf16", "int8"] | None
     store_handle: experts_state.StoreHandle
     _store_form: experts_state.StoreForm | None
 
@@ -70,7 +72,8 @@ class LoadsExperts(_MoEBase, nnx.Module):
           FileNotFoundError: there is no checkpoint at `weight_path`.
           KeyError: it has no experts for this layer.
           ValueError: a bad map, tensors that do not have the wrapper's sizes, what
-            `ExpertStore.from_arrays` refuses, or no GGUF where the method wants it.
+            `ExpertStore.from_arrays` refuses, no GGUF where the method wants it, or
+            weights in a format that does not have the wrapper's `compute`.
         """
         order = None
         if physical_to_logical_map is not None:
@@ -178,14 +181,21 @@ class LoadsExperts(_MoEBase, nnx.Module):
 
     def _pack(self, weights: ExpertWeights, experts: int) -> ExpertStore:
         self._check_sizes(weights, experts)
-        return make_store(
+        where = f"load_weights: layer {self.layer_idx}"
+        store = make_store(
             weights,
             self._formats,
             self.group_size,
             self.zero_point,
             pool=self.cpu_infer,
-            where=f"load_weights: layer {self.layer_idx}",
+            where=where,
         )
+        try:
+            check_compute(self._chosen_compute, store.formats, where=where)
+        except ValueError:
+            store.close()
+            raise
+        return store
 
     def _check_sizes(self, weights: ExpertWeights, experts: int) -> None:
         check_sizes(

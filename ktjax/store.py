@@ -144,6 +144,11 @@ class ExpertStore(FrozenStore):
         return self._geometry.down_format or self._geometry.format
 
     @property
+    def formats(self) -> tuple[str, str, str]:
+        """The storage formats of gate, up and down."""
+        return self.format, self.up_format, self.down_format
+
+    @property
     def num_experts(self) -> int:
         """Experts of the layer."""
         return self._geometry.num_experts

@@ -23,6 +23,8 @@ from ktjax.quant import Quantized
 LAYER = Sizes(4, 3, 256, 512)
 EXPERTS, _, HIDDEN, INNER = LAYER
 loaded, inputs = LAYER.load, LAYER.tokens
+# With activations in 8 bits, LLAMAFILE's default.
+INT8_LIMIT = 0.03
 SHAPES = {
     "gate": (EXPERTS, INNER, HIDDEN),
     "up": (EXPERTS, INNER, HIDDEN),
@@ -195,7 +197,7 @@ def test_inference(tmp_path, layout):
         for count in (1, 2, 33):
             x, ids, w = inputs(count)
             y = wrapper.forward(x, ids, w)
-            assert_close(y, reference(x, ids, w, want))
+            assert_close(y, reference(x, ids, w, want), INT8_LIMIT)
             np.testing.assert_array_equal(y, wrapper(*map(jnp.asarray, (x, ids, w))))
         wrapper.close()
 
@@ -204,6 +206,26 @@ def test_experts_on_an_accelerator(tmp_path):
     path, values = write(tmp_path)
     wrapper = loaded(path, "LLAMAFILE", num_gpu_experts=2)
     x, ids, w = inputs()
+    y = wrapper.forward(x, ids, w)
+    assert_close(y, reference(x, ids, w, values), INT8_LIMIT)
+
+
+def test_compute_is_the_layers_or_what_was_chosen(tmp_path):
+    """Activations in 8 bits unless the user, or a matrix without integers, says no."""
+    x, ids, w = inputs()
+    path, values = write(tmp_path)
+    wrapper = loaded(path, "LLAMAFILE")
+    assert wrapper.compute == "int8"
+    exact = loaded(path, "LLAMAFILE", compute="bf16")
+    assert exact.compute == "bf16"
+    assert_close(exact.forward(x, ids, w), reference(x, ids, w, values))
+    path, values = write(tmp_path, "q4_k", ml_dtypes.bfloat16)
+    for method in ("LLAMAFILE", "GGUF_SFT"):
+        message = r"load_weights: layer 0: compute: 'int8' needs .* got 'bf16'"
+        with pytest.raises(ValueError, match=message):
+            loaded(path, method, compute="int8")
+    wrapper = loaded(path, "LLAMAFILE")
+    assert wrapper.compute == "bf16"
     assert_close(wrapper.forward(x, ids, w), reference(x, ids, w, values))
 
 
@@ -272,8 +294,6 @@ def test_refusals(tmp_path):
         loaded(path, "LLAMAFILE", moe_intermediate_size=256)
     with pytest.raises(KeyError, match="layer 3 has no routed experts"):
         loaded(path, "LLAMAFILE", layer_idx=3)
-    with pytest.raises(ValueError, match=r"LLAMAFILE: compute: .int8. needs"):
-        loaded(path, "LLAMAFILE", compute="int8")
     wrapper = make("LLAMAFILE", weights=False, **LAYER.arguments())
     blocks = [Quantized(matrix(name, "q4_k")) for name in SHAPES]
     with pytest.raises(ValueError, match="do not say which format"):

@@ -352,13 +352,3 @@ def test_dequantize_blocks_refuses():
         quant.dequantize_blocks(row[:, :143], "q4_k")
     with pytest.raises(TypeError, match="expected uint8, got int8"):
         quant.dequantize_blocks(row.view(np.int8), "q4_k")
-
-
-def test_policies_are_checked(use_pool):
-    use_pool()
-    case = CASES[0]
-    with (
-        store_of(case, "q4_k") as store,
-        pytest.raises(ValueError, match=r"compute: 'int8' needs .* got 'q4_k'"),
-    ):
-        run_kernels(case, store, compute="int8")

@@ -87,6 +87,9 @@ constexpr BlockSpec kBlockSpecs[] = {
      .sub_zero = 32},
 };
 
+// Depths that share a scale and a minimum, if any: 16 or 32.
+constexpr int SubDepths(const BlockSpec& spec) { return spec.sub ? spec.sub : 32; }
+
 // The row of a format, null for those that are not in blocks.
 constexpr const BlockSpec* FindBlocks(Format format) {
   for (const BlockSpec& spec : kBlockSpecs) {
@@ -98,6 +101,16 @@ constexpr const BlockSpec* FindBlocks(Format format) {
 // What the codes of IQ4_NL and IQ4_XS stand for.
 constexpr float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                   1,    13,   25,  38,  53,  69,  89,  113};
+
+// The same as unsigned bytes, for products of integers: the value plus kIq4Zero.
+constexpr int kIq4Zero = 128;
+constexpr uint8_t kIq4Codes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                   129, 141, 153, 166, 181, 197, 217, 241};
+
+// What is subtracted from codes, or from those of kIq4Codes.
+constexpr int CodeOfZero(const BlockSpec& spec) {
+  return spec.table ? kIq4Zero : spec.zero;
+}
 
 // The codes of depths 4 quad .. + 3 of 32, a byte each, from the words of one output
 // (see QuantPanel): word(i) gives number i.

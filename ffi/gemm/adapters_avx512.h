@@ -22,21 +22,6 @@ constexpr int kAheadBytes = 2048;
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
-// The masked 16 values of `first` as bfloat16, then those of `second`.
-[[gnu::always_inline]] inline __m512i LoadTwo(const float* first, __mmask16 first_lanes,
-                                              const float* second,
-                                              __mmask16 second_lanes) {
-  return RoundTwo(_mm512_maskz_loadu_ps(first_lanes, first),
-                  _mm512_maskz_loadu_ps(second_lanes, second));
-}
-[[gnu::always_inline]] inline __m512i LoadTwo(const bf16* first, __mmask16 first_lanes,
-                                              const bf16* second,
-                                              __mmask16 second_lanes) {
-  return _mm512_inserti64x4(
-      _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_lanes, first)),
-      _mm256_maskz_loadu_epi16(second_lanes, second), 1);
-}
-
 // The words of two rows' 16 values in turns: pairs of an operand of VDPBF16PS.
 class Interleave {
  public:
@@ -153,7 +138,8 @@ void ContractColumns(SplitRows a, Rows<T> m, int depth, int outputs, float* c,
 #pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s) {
       const int n = s * kStrip;
-      values[s] = interleave(LoadTwo(even + n, lanes[s], odd + n, lanes[s] & kept));
+      values[s] = interleave(
+          LoadTwo<Part::kHigh>(even + n, lanes[s], odd + n, lanes[s] & kept));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -180,31 +166,6 @@ void ContractColumns(SplitRows a, Rows<T> m, int depth, int outputs, float* c,
   }
 }
 
-// 16 values of 16 rows, two rows a register: v[i] holds row i % 4 + 8 (i / 4) and the
-// row four further, each as 8 pairs. Afterwards v[p] lane n is pair p of row n.
-[[gnu::always_inline]] inline void TransposePairs(__m512i (&v)[8]) {
-  __m512i t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    // Pairs c and 4 + c of four rows, then of the four after them.
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i first = v[c], second = v[4 + c];
-    v[c] = _mm512_shuffle_i32x4(first, second, 0x88);
-    v[4 + c] = _mm512_shuffle_i32x4(first, second, 0xdd);
-  }
-}
-
 // sum[r] += the 16 values from `a` on times those pairs.
 template <int kRows>
 [[gnu::always_inline]] inline void AddEightPairs(const bf16* a, ptrdiff_t a_stride,
@@ -217,29 +178,6 @@ template <int kRows>
       sum[r] =
           AddProducts(sum[r], SpreadPair(a + r * a_stride + 2 * pair), values[pair]);
     }
-  }
-}
-
-// 16 values of rows n .. n + 15 of m, from column d on, as TransposePairs takes them.
-template <typename T>
-[[gnu::always_inline]] inline void LoadSixteenRows(Rows<T> m, int n, int outputs, int d,
-                                                   __mmask16 lanes, __m512i (&v)[8]) {
-  const T* at = m.base + n * m.stride + d;
-  if (n + kStrip <= outputs) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const int first = i % 4 + i / 4 * 8;
-      v[i] = LoadTwo(at + first * m.stride, lanes, at + (first + 4) * m.stride, lanes);
-    }
-    return;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const int first = i % 4 + i / 4 * 8, second = first + 4;
-    const bool has_first = n + first < outputs, has_second = n + second < outputs;
-    v[i] = LoadTwo(
-        has_first ? at + first * m.stride : at, has_first ? lanes : __mmask16{0},
-        has_second ? at + second * m.stride : at, has_second ? lanes : __mmask16{0});
   }
 }
 
@@ -256,7 +194,7 @@ void AddDotRows(SplitRows a, Rows<T> m, int outputs, int depth, float* c,
     for (int pass = 0; pass < passes; ++pass) {
       for (int d = 0; d < depth; d += kStrip) {
         __m512i values[8];
-        LoadSixteenRows(m, n, outputs, d, Lanes16(depth - d), values);
+        LoadSixteenRows<Part::kHigh>(m, n, outputs, d, depth, values);
         TransposePairs(values);
         const bf16* at = a.high + d;
         AddEightPairs<kRows>(at + pass * a.low, a.stride, values, sum);
@@ -298,8 +236,9 @@ template <int kPairs>
     const __mmask16 evens = left > 0 ? 0xffff : 0, odds = left > 1 ? 0xffff : 0;
     for (int n = 0; n < columns; n += kStrip) {
       const __mmask16 lanes = Lanes16(columns - n);
-      _mm512_store_si512(pairs[p] + 2 * n, interleave(LoadTwo(even + n, lanes & evens,
-                                                              odd + n, lanes & odds)));
+      _mm512_store_si512(pairs[p] + 2 * n,
+                         interleave(LoadTwo<Part::kHigh>(even + n, lanes & evens,
+                                                         odd + n, lanes & odds)));
     }
   }
 }

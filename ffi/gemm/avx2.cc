@@ -3,7 +3,7 @@
 #include "gemm/decode_blocks_generic.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
-#include "gemm/int8_gemm.h"
+#include "gemm/int8_blocks.h"
 #include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -30,7 +30,7 @@ const Kernels kAvx2Kernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
-    .gemm_int8 = Int8Gemm,
+    .gemm_int8 = VectorInt8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx2Decoder, GenericBlockDecoder>,
     .dot_codes = nullptr,

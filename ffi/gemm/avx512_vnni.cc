@@ -4,7 +4,7 @@
 #include "gemm/decode_blocks_avx512.h"
 #include "gemm/epilogue_impl.h"
 #include "gemm/fma_gemm.h"
-#include "gemm/int8_gemm.h"
+#include "gemm/int8_blocks.h"
 #include "gemm/int8_rows.h"
 #include "gemm/isa.h"
 #include "gemm/kernel.h"
@@ -32,7 +32,7 @@ const Kernels kAvx512VnniKernels = {
     .enter = NoTileState,
     .leave = NoTileState,
     .epilogues = &kEpilogues,
-    .gemm_int8 = Int8Gemm,
+    .gemm_int8 = VectorInt8Gemm,
     .quantize_rows = QuantizeRows,
     .decode = Decode<Avx512Decoder, Avx512BlockDecoder>,
     .dot_codes = nullptr,

@@ -3,18 +3,19 @@
 // 16 rows multiply up to four strips at a time: five tile loads for four products. The
 // int32 tiles of a group go through a buffer in L1, where they are scaled and added to
 // totals, and these to c where a group of the rows ends; the products of the next group
-// run meanwhile. 4-bit codes are unpacked to bytes kInt8Group depths at a time (8 KiB),
-// for all rows of the call. Rows that are no multiple of 16
+// run meanwhile. 4-bit codes, and those in blocks, are unpacked to bytes kInt8Group
+// depths at a time (8 KiB), for all rows of the call. Rows that are no multiple of 16
 // take a pass of their own with smaller tiles, so that no tile holds rows that are not
 // there.
 //
 // Tile numbers: c is 0..3 (strips); a is 4 and b 5 for 64 depths, a is 6 and b 7 for
-// the 32 depths that a group may end with.
+// the 32 depths that a group may end with, or the 16 that a sub-block may have.
 //
 // Everything is static: a file compiled with ISA flags must not share code with others.
 #ifndef KTJAX_FFI_GEMM_INT8_AMX_H_
 #define KTJAX_FFI_GEMM_INT8_AMX_H_
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/types.h"
@@ -23,12 +24,38 @@
 #include "gemm/kernel.h"
 #include "gemm/prefetch.h"
 #include "tile/tile_config.h"
+#if defined(__AVX512F__)
+#include "gemm/int8_block_vector.h"
+#else
+#include "gemm/int8_block_generic.h"
+#endif
 
 namespace ktjax {
 namespace {
 
 constexpr ptrdiff_t kLaneBytes = 4;
 constexpr int kTileDepth = 64;  // a tile's row of 8-bit codes
+
+// A format in blocks.
+struct AmxBlocks {
+  int sub_depths;
+  float zero;
+  bool mins;
+  void (*unpack)(const QuantPanel& b, int begin, int count, uint8_t* bytes);
+  void (*load_scales)(const QuantPanel& b, int begin, int count, BlockScales& out);
+};
+
+template <Format kFormat>
+constexpr AmxBlocks kAmxBlocks = {
+    SubDepths(*FindBlocks(kFormat)), CodeOfZero(*FindBlocks(kFormat)),
+    FindBlocks(kFormat)->mins, UnpackBlocks<kFormat>, LoadBlockScales<kFormat>};
+
+// Null where the format is not in blocks.
+inline const AmxBlocks* FindAmxBlocks(Format format) {
+  const AmxBlocks* found = nullptr;
+  WithBlockFormat(format, [&]<Format kFormat>() { found = &kAmxBlocks<kFormat>; });
+  return found;
+}
 
 // What every step of a product needs.
 struct AmxInt8Product {
@@ -38,6 +65,8 @@ struct AmxInt8Product {
   int depth;
   float* c;
   Prefetch* prefetch;
+  const AmxBlocks* blocks;  // null where b is not in blocks
+  int group;                // depths whose products are summed as integers
 };
 
 // 4-bit codes of `depth` depths as bytes, in the layout of 8-bit codes.
@@ -75,25 +104,49 @@ inline void PrefetchPairs(Prefetch* prefetch, int pairs) {
   }
 }
 
-// total[r] (+)= (sums[r] - zero * a.sums[r]) * scales for the rows [row, row + rows) of
-// c and the group of `count` depths from `begin` on; then, where a group of the rows
-// ends, c (+)= total * row scale. Fetches, row by row, what the group's depths stand
-// for.
+// What the outputs of kStrips strips have in common in one group.
+template <int kStrips>
+struct GroupScales {
+  F32x16 scale[kStrips];
+  F32x16 zero[kStrips];
+  F32x16 min[kStrips];  // of blocks that have minima
+
+  // The group begins at `begin`; `scales` are those of its kInt8Group depths.
+  GroupScales(const AmxInt8Product& p, int begin, const BlockScales& scales) {
+    for (int strip = 0; strip < kStrips; ++strip) {
+      if (p.blocks) {
+        const int at = (begin % kInt8Group / p.group * kStrips + strip) * kStrip;
+        Load(scales.scale + at, scale[strip]);
+        zero[strip] = F32x16{} + p.blocks->zero;
+        min[strip] = F32x16{};
+        if (p.blocks->mins) Load(scales.min + at, min[strip]);
+      } else {
+        const ptrdiff_t place = ScalePlace(p.b, begin) + strip * kStrip;
+        LoadScales(p.format, p.b, place, scale[strip]);
+        LoadZeros(p.format, p.b, place, zero[strip]);
+        min[strip] = F32x16{};
+      }
+    }
+  }
+};
+
+// total[r] (+)= (sums[r] - zero * a.sums[r]) * scales - a.sums[r] * mins for the rows
+// [row, row + rows) of c and the group of `count` depths from `begin` on; then, where a
+// group of the rows ends, c (+)= total * row scale. Fetches, row by row, what the
+// group's depths stand for.
 template <int kStrips>
 void ScaleTiles(const AmxInt8Product& p, int begin, int count, int row, int rows,
-                const int32_t* sums, float* totals) {
-  F32x16 scales[kStrips], zeros[kStrips];
-  for (int strip = 0; strip < kStrips; ++strip) {
-    const ptrdiff_t place = ScalePlace(p.b, begin) + strip * kStrip;
-    LoadScales(p.format, p.b, place, scales[strip]);
-    LoadZeros(p.format, p.b, place, zeros[strip]);
-  }
+                const BlockScales& scales, const int32_t* sums, float* totals) {
+  const GroupScales<kStrips> group(p, begin, scales);
+  const bool mins = p.blocks && p.blocks->mins;
   const bool first = begin % kInt8Group == 0;
   const bool last = EndsRowGroup(p.depth, begin + count);
   const int pairs_per_row = static_cast<int>(CeilDiv(count / 2, rows));
   for (int r = 0; r < rows; ++r) {
     if (p.prefetch) PrefetchPairs(p.prefetch, pairs_per_row);
-    const int32_t row_sum = p.a.sums[(row + r) * p.a.sum_stride + begin / p.a.group];
+    const int32_t row_sum =
+        p.blocks ? SubBlockSum(p.a, row + r, begin, count)
+                 : p.a.sums[(row + r) * p.a.sum_stride + begin / p.a.group];
     const F32x16 minus = F32x16{} - static_cast<float>(row_sum);
     const F32x16 row_scale =
         F32x16{} + p.a.scales[(row + r) * p.a.scale_stride + begin / kInt8Group];
@@ -104,18 +157,20 @@ void ScaleTiles(const AmxInt8Product& p, int begin, int count, int row, int rows
       std::memcpy(&tile_row, sums + r * kPanel + strip * kStrip, sizeof tile_row);
       // Whole numbers below 2^24: exact.
       F32x16 sum = __builtin_convertvector(tile_row, F32x16);
-      AddProduct(sum, minus, zeros[strip]);
+      AddProduct(sum, minus, group.zero[strip]);
       F32x16 total = {};
       if (!first) Load(totals + r * kPanel + strip * kStrip, total);
-      AddProduct(total, sum, scales[strip]);
+      AddProduct(total, sum, group.scale[strip]);
+      if (mins) AddProduct(total, minus, group.min[strip]);
       if (!last) {
         Store(total, totals + r * kPanel + strip * kStrip);
         continue;
       }
       F32x16 result = {};
-      if (begin >= kInt8Group) Load(c + strip * kStrip, result);
+      float* dst = c + strip * kStrip * p.b.apart;
+      if (begin >= kInt8Group) Load(dst, result);
       AddProduct(result, total, row_scale);
-      Store(result, c + strip * kStrip);
+      Store(result, dst);
     }
   }
 }
@@ -125,7 +180,10 @@ class AmxInt8Gemm {
  public:
   static void Gemm(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
                    int depth, int rows, float* c, Prefetch* prefetch) {
-    const AmxInt8Product product = {format, a, b, depth, c, prefetch};
+    const AmxBlocks* blocks = FindAmxBlocks(format.format);
+    const AmxInt8Product product = {
+        format, a,        b,      depth,
+        c,      prefetch, blocks, blocks ? blocks->sub_depths : a.group};
     switch (b.strips) {
       case 1:
         return Rows<1>(product, rows);
@@ -143,19 +201,21 @@ class AmxInt8Gemm {
   template <int kStrips>
   static constexpr ptrdiff_t kLanes = kLaneBytes * kStrip * kStrips;
 
-  static void Configure(int rows) {
+  // `tail` depths are what tiles 6 and 7 hold.
+  static void Configure(int rows, int tail) {
     // Told apart from the configurations of the bfloat16 product by its sign.
-    if (configured_rows == -rows) return;
+    const int wanted = tail == kDepth ? -rows : -rows - kTileMaxRows;
+    if (configured_rows == wanted) return;
     TileConfig config;
     for (int tile = 0; tile < kTiles; ++tile) {
       config.row_bytes[tile] = kTileRowBytes;
       config.rows[tile] = static_cast<uint8_t>(rows);
     }
     config.rows[5] = kTileDepth / kLaneBytes;
-    config.row_bytes[6] = kDepth;
-    config.rows[7] = kDepth / kLaneBytes;
+    config.row_bytes[6] = static_cast<uint16_t>(tail);
+    config.rows[7] = static_cast<uint8_t>(tail / kLaneBytes);
     Tiles::Configure(config);
-    configured_rows = -rows;
+    configured_rows = wanted;
   }
 
   template <int kStrips>
@@ -168,24 +228,30 @@ class AmxInt8Gemm {
   // The rows [row, end), `tile_rows` at a time, through all groups.
   template <int kStrips>
   static void AllGroups(const AmxInt8Product& p, int row, int end, int tile_rows) {
-    Configure(tile_rows);
-    const int bits = CodeBits(p.format);
+    Configure(tile_rows, std::min(p.group, kDepth));
+    const int bits = p.blocks ? p.format.bits() : CodeBits(p.format);
+    BlockScales scales;
     alignas(64) uint8_t bytes[kInt8Group * kStrip * kStrips];
     alignas(64) int32_t sums[kTileMaxRows * kPanel];
     alignas(64) float totals[kTileMaxRows * kPanel];
     for (int block = 0; block < p.depth; block += kInt8Group) {
       const int depth = GroupDepth(p.depth, block);
       const uint8_t* codes = p.b.codes + block * bits / 32 * kLanes<kStrips>;
-      if (bits == 4) {
+      if (p.blocks) {
+        p.blocks->unpack(p.b, block, depth, bytes);
+        p.blocks->load_scales(p.b, block, depth, scales);
+        codes = bytes;
+      } else if (bits == 4) {
         UnpackNibbles(codes, depth, kStrips, bytes);
         codes = bytes;
       }
       for (int first = row; first < end; first += tile_rows) {
-        for (int at = 0; at < depth; at += p.a.group) {
-          const int count = GroupDepth(depth, at, p.a.group);
+        for (int at = 0; at < depth; at += p.group) {
+          const int count = GroupDepth(depth, at, p.group);
           Multiply<kStrips>(p.a.values + first * p.a.stride + block + at, p.a.stride,
                             codes + at / kLaneBytes * kLanes<kStrips>, count, sums);
-          ScaleTiles<kStrips>(p, block + at, count, first, tile_rows, sums, totals);
+          ScaleTiles<kStrips>(p, block + at, count, first, tile_rows, scales, sums,
+                              totals);
         }
       }
     }

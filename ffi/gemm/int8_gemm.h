@@ -392,16 +392,24 @@ struct Int8TileTable {
   Int8TileFn tile[kMost];
 };
 
-// All rows in equal tiles: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. tiles[i] takes i + 1.
+// All rows in equal tiles of up to `most`: 16 rows are 6 + 5 + 5, not 6 + 6 + 4. Calls
+// tile(first row, rows).
+template <typename F>
+[[gnu::always_inline]] inline void ForEqualTiles(int rows, int most, F tile) {
+  int row = 0;
+  for (int left = (rows + most - 1) / most; left > 0; --left) {
+    const int count = (rows - row + left - 1) / left;
+    tile(row, count);
+    row += count;
+  }
+}
+
+// tiles[i] takes i + 1 rows.
 template <int kMost>
 void RunInt8Tiles(const Int8TileFn (&tiles)[kMost], const Int8Product& p, int depth,
                   int rows, Prefetch* prefetch) {
-  int row = 0;
-  for (int left = (rows + kMost - 1) / kMost; left > 0; --left) {
-    const int count = (rows - row + left - 1) / left;
-    tiles[count - 1](p, row, depth, prefetch);
-    row += count;
-  }
+  ForEqualTiles(rows, kMost,
+                [&](int row, int count) { tiles[count - 1](p, row, depth, prefetch); });
 }
 
 template <int kBits, int kStrips>

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "gemm/int8_block_generic.h"
 #include "gemm/int8_rows.h"
 #include "gemm/kernel.h"
 
@@ -30,9 +31,53 @@ void AddCodes(const int8_t* a, const uint8_t* codes, ptrdiff_t stride, int depth
   }
 }
 
+// The product with weights in blocks.
+template <Format kFormat>
+void PortableBlocks(const Int8Rows& a, const QuantPanel& b, int depth, int rows,
+                    float* c) {
+  constexpr BlockSpec kSpec = *FindBlocks(kFormat);
+  constexpr int kSub = SubDepths(kSpec);
+  constexpr float kZero = CodeOfZero(kSpec);
+  const int lanes = kStrip * b.strips;
+  alignas(64) uint8_t bytes[kInt8Group * kPanel];
+  BlockScales scales;
+  for (int begin = 0; begin < depth; begin += kInt8Group) {
+    const int count = GroupDepth(depth, begin);
+    UnpackBlocks<kFormat>(b, begin, count, bytes);
+    LoadBlockScales<kFormat>(b, begin, count, scales);
+    for (int r = 0; r < rows; ++r) {
+      const int8_t* values = a.values + r * a.stride + begin;
+      for (int first = 0; first < lanes; first += kStrip) {
+        F32x16 total = {}, result = {};
+        for (int d = 0; d < count; d += kSub) {
+          F32x16 sum = {}, scale, min;
+          AddCodes<8>(values + d, bytes + d * lanes + 4 * first, 4 * lanes, kSub, sum);
+          const float row_sum = static_cast<float>(SubBlockSum(a, r, begin + d, kSub));
+          Load(scales.scale + d / kSub * lanes + first, scale);
+          total += (sum - row_sum * kZero) * scale;
+          if constexpr (kSpec.mins) {
+            Load(scales.min + d / kSub * lanes + first, min);
+            total -= row_sum * min;
+          }
+        }
+        float* dst = c + r * kPanel + first * b.apart;
+        if (begin > 0) Load(dst, result);
+        result += total * a.scales[r * a.scale_stride + begin / kInt8Group];
+        Store(result, dst);
+      }
+    }
+  }
+}
+
 inline void PortableInt8Gemm(const FormatSpec& format, const Int8Rows& a,
                              const QuantPanel& b, int depth, int rows, float* c,
                              Prefetch*) {
+  if (format.blocks) {
+    WithBlockFormat(format.format, [&]<Format kFormat>() {
+      PortableBlocks<kFormat>(a, b, depth, rows, c);
+    });
+    return;
+  }
   const int bits = CodeBits(format);
   const ptrdiff_t lanes = 4 * kStrip * b.strips;
   for (int r = 0; r < rows; ++r) {

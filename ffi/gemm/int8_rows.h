@@ -39,6 +39,19 @@ inline bool EndsRowGroup(int depth, int end) {
   return end % kInt8Group == 0 || end >= depth;
 }
 
+// The scales of kInt8Group depths, [sub-blocks][16 * strips].
+struct BlockScales {
+  static constexpr int kSize = kInt8Group / 16 * kPanel;
+  alignas(64) float scale[kSize];
+  alignas(64) float min[kSize];  // where the format has minima
+};
+
+// The sum of the codes of a row's sub-block of `depths` depths from `begin` on.
+inline int32_t SubBlockSum(const Int8Rows& a, int row, int begin, int depths) {
+  const int32_t* sums = a.sums + row * a.sum_stride + begin / kBlockSumDepths;
+  return depths == kBlockSumDepths ? sums[0] : sums[0] + sums[1];
+}
+
 // The first output's place among the panel's scales (and zeros) for depths from `begin`
 // on.
 inline ptrdiff_t ScalePlace(const QuantPanel& b, int begin) {

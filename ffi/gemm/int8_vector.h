@@ -36,6 +36,20 @@ struct IntVector {
   static Int ShiftRight16(Int a) {
     return _mm512_srli_epi16(a, kCount);
   }
+  template <int kCount>
+  static Int ShiftLeft16(Int a) {
+    return _mm512_slli_epi16(a, kCount);
+  }
+  static Int Sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  // The bits of a where the mask has ones, else those of b.
+  static Int Select(Int mask, Int a, Int b) {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xca);
+  }
+  // table[index] for every byte, which is below 16.
+  static Int LookUp(const uint8_t (&table)[16], Int index) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), index);
+  }
   static Int MulPairs(Int a, Int b) { return _mm512_madd_epi16(a, b); }
   static Int WidenBytes(const uint8_t* src) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
@@ -47,10 +61,15 @@ struct IntVector {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static void Store(Float value, float* dst) { _mm512_storeu_ps(dst, value); }
+  static void Store(Int bits, uint8_t* dst) { _mm512_storeu_si512(dst, bits); }
   static Float Zero() { return _mm512_setzero_ps(); }
   static Float BroadcastFloat(float value) { return _mm512_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm512_cvtepi32_ps(value); }
-  static Float Mul(Float a, float b) { return _mm512_mul_ps(a, BroadcastFloat(b)); }
+  static Float LoadHalves(const uint16_t* src) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+  }
+  static Float Mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float Mul(Float a, float b) { return Mul(a, BroadcastFloat(b)); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
@@ -72,6 +91,20 @@ struct IntVector {
   static Int ShiftRight16(Int a) {
     return _mm256_srli_epi16(a, kCount);
   }
+  template <int kCount>
+  static Int ShiftLeft16(Int a) {
+    return _mm256_slli_epi16(a, kCount);
+  }
+  static Int Sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  // The bits of a where the mask has ones, else those of b.
+  static Int Select(Int mask, Int a, Int b) {
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+  }
+  // table[index] for every byte, which is below 16.
+  static Int LookUp(const uint8_t (&table)[16], Int index) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), index);
+  }
   static Int MulPairs(Int a, Int b) { return _mm256_madd_epi16(a, b); }
   static Int WidenBytes(const uint8_t* src) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(src)));
@@ -83,10 +116,18 @@ struct IntVector {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static void Store(Float value, float* dst) { _mm256_storeu_ps(dst, value); }
+  static void Store(Int bits, uint8_t* dst) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), bits);
+  }
   static Float Zero() { return _mm256_setzero_ps(); }
   static Float BroadcastFloat(float value) { return _mm256_set1_ps(value); }
   static Float ToFloat(Int value) { return _mm256_cvtepi32_ps(value); }
-  static Float Mul(Float a, float b) { return _mm256_mul_ps(a, BroadcastFloat(b)); }
+  // Whatever the thread flushes, denormal halves are read as they are.
+  static Float LoadHalves(const uint16_t* src) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+  }
+  static Float Mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float Mul(Float a, float b) { return Mul(a, BroadcastFloat(b)); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
@@ -124,6 +165,14 @@ struct Int8Dot {
     const Int lanes = IntVector::Load(src);
     const Int mask = IntVector::Broadcast(0x0f0f0f0f);
     return IntVector::And(kPart ? IntVector::ShiftRight16<4>(lanes) : lanes, mask);
+  }
+
+  // A quad, four bytes of codes a lane, is multiplied as it is.
+  static constexpr int kQuadParts = 1;
+  static constexpr ptrdiff_t QuadOffset(int quad, int) { return 4 * quad; }
+  template <int kPart>
+  static Int QuadPart(Int quad) {
+    return quad;
   }
 
   static Int Add(Int sum, Int codes, Int values) {
@@ -171,6 +220,17 @@ struct Int8Dot {
     if constexpr (kShift + kBits == 16) return lanes;
     return IntVector::And(lanes,
                           IntVector::Broadcast(kBits == 8 ? 0x00ff00ff : 0x000f000f));
+  }
+
+  // A quad is multiplied in halves: its even bytes, then its odd ones.
+  static constexpr int kQuadParts = 2;
+  static constexpr ptrdiff_t QuadOffset(int quad, int part) {
+    return part * kOddOffset + 4 * quad;
+  }
+  template <int kPart>
+  static Int QuadPart(Int quad) {
+    if constexpr (kPart == 1) return IntVector::ShiftRight16<8>(quad);
+    return IntVector::And(quad, IntVector::Broadcast(0x00ff00ff));
   }
 
   static Int Add(Int sum, Int codes, Int values) {

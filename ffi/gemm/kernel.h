@@ -40,6 +40,12 @@ struct Term {
   int strip_step = 1;
 };
 
+// Contiguous bytes.
+struct ByteSpan {
+  const char* first;
+  int64_t size;
+};
+
 // Cache lines to fetch while the product runs: `chunks` runs of `chunk_bytes`, `stride`
 // bytes apart. The kernel issues at most a few prefetches per depth pair and advances
 // `position` (bytes issued so far), so that consecutive calls share one schedule.
@@ -55,15 +61,21 @@ struct Prefetch {
   // Not 0: what is fetched is used just so many bytes later, and goes to L1; else to
   // L2. Kernels that heed it fetch as many lines as they read, and scales likewise.
   int near_bytes = 0;
-  // Contiguous bytes to fetch after all that.
-  const char* more = nullptr;
-  int64_t more_bytes = 0;
+  // What to fetch after all that, in this order.
+  const ByteSpan* more = nullptr;
+  int more_count = 0;
+  // Contiguous bytes to fetch beside all that, to L2, evenly over the product: scales,
+  // which are few and lie apart from the codes that are fetched near. A hint.
+  const char* scales = nullptr;
+  int64_t scales_bytes = 0;
 
   static constexpr int kPerPair = 16;    // a line per pair
   static constexpr int kMaxPerPair = 4;  // lines
 
   [[gnu::always_inline]] int64_t Lines() const {
-    return CeilDiv(total_bytes + more_bytes, 64);
+    int64_t bytes = total_bytes;
+    for (int i = 0; i < more_count; ++i) bytes += more[i].size;
+    return CeilDiv(bytes, 64);
   }
   // Spreads the lines over a product of so many depth pairs in all: the fewer there are
   // to hide behind, the more lines per pair. Codes of one line a pair have scales
@@ -118,6 +130,10 @@ struct SplitRows {
 // below 2^24: exact in int32 and in float32 alike.
 inline constexpr int kInt8Group = 128;
 
+// The depths whose codes have a sum in rows for weights in blocks, however many depths a
+// sub-block has: matrices of several formats share rows.
+inline constexpr int kBlockSumDepths = 16;
+
 // Rows of signed 8-bit codes. What row r holds at depth d is
 //     values[r * stride + d] * scales[r * scale_stride + d / kInt8Group].
 // Codes are within +-127, and 0 from the depth up to its multiple of kDepth.
@@ -128,7 +144,9 @@ struct Int8Rows {
   ptrdiff_t scale_stride;
   int32_t* sums;  // of the codes of `group` depths: sums[r * sum_stride + d / group]
   ptrdiff_t sum_stride;
-  int group;  // 32 or 64 where the weights have such groups, else kInt8Group
+  // 32 or 64 where the weights have such groups, kBlockSumDepths where they are in
+  // blocks, else kInt8Group.
+  int group;
 };
 
 // Element-wise steps between a product and memory, on a tile c (row stride kPanel).
@@ -296,6 +314,14 @@ struct Kernels {
   // b.group is a.group where that is below kInt8Group, and depth is a multiple of it
   // then; else b.group is a multiple of kInt8Group, or not below `depth`. The panel is
   // readable up to depth rounded up to kDepth. c, rows and `prefetch` as for gemm.
+  //
+  // Or with a panel in blocks (b.format is format's, a.group is kBlockSumDepths and
+  // depth a multiple of its blocks). Over the sub-blocks g in G, with what
+  // format/blocks.h calls scale and min,
+  //   c[r][n] = sum_G a.scales[r][G] * sum_{g in G}
+  //             (scale[n] * float(sum_{d in g} a[r][d] * (code[d][n] - zero)) -
+  //              min[n] * float(sum_{d in g} a[r][d]))
+  // to strips b.apart apart. Weights are not rounded.
   void (*gemm_int8)(const FormatSpec& format, const Int8Rows& a, const QuantPanel& b,
                     int depth, int rows, float* c, Prefetch* prefetch);
 

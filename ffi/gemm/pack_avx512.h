@@ -50,6 +50,19 @@ inline __mmask32 Lanes32(int count) {
   return count >= 32 ? 0xffffffffu : (1u << (count < 0 ? 0 : count)) - 1;
 }
 
+// One part of the 16 values of `first`, then of those of `second`.
+template <Part kPart>
+[[gnu::always_inline]] inline __m512i RoundTwo(__m512 first, __m512 second) {
+#ifdef __AVX512BF16__
+  // Five times faster; it takes denormals for zero, as the products do.
+  if constexpr (kPart == Part::kHigh) return RoundTwo(first, second);
+#endif
+  const __m512i low = PartBits<kPart>(first);
+  const __m512i high = PartBits<kPart>(second);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
+                            _mm512_cvtepi32_epi16(high), 1);
+}
+
 // 32 consecutive values of a row as bfloat16, the first `count` of them, else zero.
 template <Part kPart>
 inline __m512i LoadRow32(const bf16* src, int count) {
@@ -64,14 +77,24 @@ inline __m512i LoadRow32(const float* src, int count) {
                         : count > 16
                             ? _mm512_maskz_loadu_ps(Lanes16(count - 16), src + 16)
                             : _mm512_setzero_ps();
-#ifdef __AVX512BF16__
-  // Five times faster; it takes denormals for zero, as the products do.
-  if constexpr (kPart == Part::kHigh) return RoundTwo(first, second);
-#endif
-  const __m512i low = PartBits<kPart>(first);
-  const __m512i high = PartBits<kPart>(second);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)),
-                            _mm512_cvtepi32_epi16(high), 1);
+  return RoundTwo<kPart>(first, second);
+}
+
+// The masked 16 values of `first` as bfloat16, then those of `second`.
+template <Part kPart>
+[[gnu::always_inline]] inline __m512i LoadTwo(const float* first, __mmask16 first_lanes,
+                                              const float* second,
+                                              __mmask16 second_lanes) {
+  return RoundTwo<kPart>(_mm512_maskz_loadu_ps(first_lanes, first),
+                         _mm512_maskz_loadu_ps(second_lanes, second));
+}
+template <Part kPart>
+[[gnu::always_inline]] inline __m512i LoadTwo(const bf16* first, __mmask16 first_lanes,
+                                              const bf16* second,
+                                              __mmask16 second_lanes) {
+  return _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_lanes, first)),
+      _mm256_maskz_loadu_epi16(second_lanes, second), 1);
 }
 
 // r[i] lane j  <->  r[j] lane i, for 32-bit lanes.
@@ -106,32 +129,75 @@ inline void Transpose16x16(__m512i r[16]) {
   }
 }
 
+// 16 values of 16 rows, two rows a register: v[i] holds row i % 4 + 8 (i / 4) and the
+// row four further, each as 8 pairs. Afterwards v[p] lane n is pair p of row n.
+[[gnu::always_inline]] inline void TransposePairs(__m512i (&v)[8]) {
+  __m512i t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    // Pairs c and 4 + c of four rows, then of the four after them.
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i first = v[c], second = v[4 + c];
+    v[c] = _mm512_shuffle_i32x4(first, second, 0x88);
+    v[4 + c] = _mm512_shuffle_i32x4(first, second, 0xdd);
+  }
+}
+
+// 16 values of rows n .. n + 15 of m, from column d on, as TransposePairs takes them:
+// zero for rows from `outputs` and columns from `depth` on.
+template <Part kPart, typename T>
+[[gnu::always_inline]] inline void LoadSixteenRows(const Rows<T>& m, int n, int outputs,
+                                                   int d, int depth, __m512i (&v)[8]) {
+  const __mmask16 lanes = Lanes16(depth - d);
+  if (n + kStrip <= outputs) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const int first = n + i % 4 + i / 4 * 8;
+      v[i] = LoadTwo<kPart>(m.row(first) + d, lanes, m.row(first + 4) + d, lanes);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int first = n + i % 4 + i / 4 * 8, second = first + 4;
+    const bool has_first = first < outputs, has_second = second < outputs;
+    v[i] = LoadTwo<kPart>(
+        has_first ? m.row(first) + d : m.base, has_first ? lanes : __mmask16{0},
+        has_second ? m.row(second) + d : m.base, has_second ? lanes : __mmask16{0});
+  }
+}
+
 template <typename T, Part kPart = Part::kHigh>
 void Avx512PackOutputs(Rows<T> src, int outputs, int depth, int strips, bf16* dst,
                        ptrdiff_t dst_stride) {
   // Sixteen rows are too many streams to be foreseen.
-  constexpr int kAhead = 8 * kDepth;
-  for (int strip = 0; strip < strips; ++strip) {
-    const int first = strip * kStrip;
-    for (int d = 0; d < depth; d += kDepth) {
-      if (d + kAhead < depth) {
+  constexpr int kAhead = 1024 / sizeof(T);
+  const int padded = static_cast<int>(RoundUp(depth, kDepth));
+  for (int first = 0; first < strips * kStrip; first += kStrip) {
+    bf16* out = dst + 2 * first;
+    for (int d = 0; d < padded; d += kStrip) {
+      if (d + kAhead < depth && d % (64 / sizeof(T)) == 0) {
         for (int i = first; i < outputs && i < first + kStrip; ++i) {
-          const char* line = reinterpret_cast<const char*>(src.row(i) + d + kAhead);
-          for (size_t byte = 0; byte < kDepth * sizeof(T); byte += 64) {
-            _mm_prefetch(line + byte, _MM_HINT_T1);
-          }
+          _mm_prefetch(reinterpret_cast<const char*>(src.row(i) + d + kAhead),
+                       _MM_HINT_T1);
         }
       }
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        r[i] = first + i < outputs ? LoadRow32<kPart>(src.row(first + i) + d, depth - d)
-                                   : _mm512_setzero_si512();
-      }
-      Transpose16x16(r);
-      bf16* out = dst + d / 2 * dst_stride + 2 * first;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * dst_stride, r[i]);
+      __m512i pairs[8];
+      LoadSixteenRows<kPart>(src, first, outputs, d, depth, pairs);
+      TransposePairs(pairs);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i, out += dst_stride) _mm512_storeu_si512(out, pairs[i]);
     }
   }
 }

@@ -35,12 +35,14 @@ struct PrefetchRun {
 inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1,
                            int read = 0) {
   if (!prefetch) return {.steps = steps};
-  if (prefetch->position >= prefetch->total_bytes) {
-    if (prefetch->more_bytes == 0) return {.steps = steps};
-    prefetch->base = prefetch->more;
+  while (prefetch->position >= prefetch->total_bytes) {
+    if (prefetch->more_count == 0) return {.steps = steps};
+    prefetch->base = prefetch->more->first;
     prefetch->stride = 0;
-    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more_bytes;
-    prefetch->position = prefetch->more_bytes = 0;
+    prefetch->chunk_bytes = prefetch->total_bytes = prefetch->more->size;
+    prefetch->position = 0;
+    ++prefetch->more;
+    --prefetch->more_count;
   }
   const int near_bytes = read ? prefetch->near_bytes : 0;
   const int lines =
@@ -57,6 +59,17 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
   const int64_t bytes = steps * step_bytes;
   prefetch->position += bytes < left ? bytes : left;
   return {prefetch->base + chunk * prefetch->stride + offset, lines, steps, near_bytes};
+}
+
+// Fetches the part of prefetch.scales that depths [begin, end) of `depth` stand for.
+inline void FetchScales(const Prefetch* prefetch, int begin, int end, int depth) {
+  if (!prefetch) return;
+  const auto line_of = [&](int d) {
+    return CeilDiv(prefetch->scales_bytes * d, int64_t{kCacheLine} * depth);
+  };
+  for (int64_t line = line_of(begin); line < line_of(end); ++line) {
+    __builtin_prefetch(prefetch->scales + line * kCacheLine, 0, 2);
+  }
 }
 
 // The strips of c that a term feeds are its panel's strips 0 .. TermWidth - 1.

@@ -61,6 +61,10 @@ class LinearForwardPass : LinearPass {
       }
       if (panel + 1 < offset + task.last_panel) {
         product.next = store_.Panel(s, panel + 1);
+        if (rank()) {
+          product.also.Add(MatrixB().WholeRows(0, int64_t{panel + 1} * kPanel,
+                                               store_.Width(panel + 1)));
+        }
       }
       const int64_t stride = store_.outputs(), column = int64_t{panel} * kPanel;
       const auto place = [&](int row) { return (block.begin + row) * stride + column; };

@@ -73,7 +73,7 @@ class LinearPass : protected Products {
   // As an operand of products that spread low-rank values over outputs; see moe/pass.h.
   SplitRows SpreadRows(const LowRankValues& values, int row) const {
     SplitRows rows = LowRankRows(values, row);
-    if (rank() >= 32 && !exact()) rows.low = 0;
+    if (rank() >= kHighPartsRank && !exact()) rows.low = 0;
     return rows;
   }
   SplitRows TransposedRows(const LowRankValues& values) const {

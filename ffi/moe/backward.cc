@@ -520,30 +520,54 @@ class BackwardPass : LoRAGradPass {
     }
   }
 
-  // The depths [64 panel, 64 panel + 16 strips) of `count` gate/up panels as outputs:
-  // all of gate's, then all of up's.
+  // The depths [64 panel, 64 panel + 16 strips) of an expert's gate/up panels as
+  // outputs: of all their outputs, which become depths, `count` parts of 64 from the
+  // `first` on. All of gate's come before all of up's, so that a product reads dg's and
+  // du's rows in long runs, whose lines the processor fetches ahead. Codes are decoded
+  // once: a part then has both of a panel.
   Terms TransposeGateUp(int s, const Group& group, const RowBlock& rows, int panel,
                         int strips, int first, int count,
                         const Scratch& scratch) const {
     const ptrdiff_t stride = 2 * kStrip * strips;
-    bf16* gate = scratch.panel.high;
-    bf16* up = gate + count * kDepth / 2 * stride;
-    for (int i = 0; i < count; ++i) {
-      const bf16* src =
-          Pairs(store_.GateUp(s, rows.expert, first + i), kPanelStrips,
-                panel * kPanel / 2, strips * kStrip / 2, scratch, nullptr);
+    const auto source = [&](int i) {
+      return Pairs(store_.GateUp(s, rows.expert, i), kPanelStrips, panel * kPanel / 2,
+                   strips * kStrip / 2, scratch, nullptr);
+    };
+    const auto transpose = [&](const bf16* src, int which, bf16* dst) {
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = (i * kDepth + half * kStrip) / 2 * stride;
-        const bf16* pair = src + 4 * kStrip * half;
-        kernels_.transpose(pair, 2 * kPanel, strips / 2, gate + at, stride);
-        kernels_.transpose(pair + 2 * kStrip, 2 * kPanel, strips / 2, up + at, stride);
+        kernels_.transpose(src + 2 * kStrip * (2 * half + which), 2 * kPanel,
+                           strips / 2, dst + half * kStrip / 2 * stride, stride);
       }
-    }
+    };
+    const std::vector<bf16*>* arrays[] = {&d_gate_, &d_up_};
+    bf16* dst = scratch.panel.high;
     Terms terms;
-    terms.Add(HiddenRows(d_gate_, s, group, rows.begin, first * kDepth), OnePart(gate),
-              count * kDepth);
-    terms.Add(HiddenRows(d_up_, s, group, rows.begin, first * kDepth), OnePart(up),
-              count * kDepth);
+    const auto add = [&](int which, int begin, int panels) {
+      terms.Add(HiddenRows(*arrays[which], s, group, rows.begin, begin * kDepth),
+                OnePart(dst), panels * kDepth);
+      dst += panels * kDepth / 2 * stride;
+    };
+    if (store_.quantised()) {
+      const ptrdiff_t up = count * kDepth / 2 * stride;
+      for (int i = 0; i < count; ++i) {
+        const bf16* src = source(first + i);
+        bf16* const gate = dst + i * kDepth / 2 * stride;
+        transpose(src, 0, gate);
+        transpose(src, 1, gate + up);
+      }
+      add(0, first, count);
+      add(1, first, count);
+      return terms;
+    }
+    const int panels = shard(s).width / kDepth, last = 2 * (first + count);
+    for (int half = 2 * first, run; half < last; half += run) {
+      const int which = half / panels, begin = half % panels;
+      run = std::min(panels - begin, last - half);
+      for (int i = 0; i < run; ++i) {
+        transpose(source(begin + i), which, dst + i * kDepth / 2 * stride);
+      }
+      add(which, begin, run);
+    }
     return terms;
   }
 

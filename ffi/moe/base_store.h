@@ -76,6 +76,9 @@ class BasePanelLayout {
   int64_t PairBytes(int64_t pairs) const {
     return 2 * pairs * kStrip * even_.strips * even_.encoding.spec().bits() / 8;
   }
+  // Of the scales behind so many depth pairs, all of the panel; of mixed panels those
+  // of the even strips.
+  int64_t ScaleBytes(int64_t pairs) const { return even_.bytes - PairBytes(pairs); }
   // Bytes between two panels of one matrix. Large ones are 32 depths further apart than
   // they are long. The backward reads the same rows of every panel: a power of two
   // apart (256 KiB for a hidden size of 2048), they would share a few sets of L1 and L2
@@ -101,6 +104,7 @@ struct StoredPanel {
   int strips() const { return layout->strips(); }
   int64_t Bytes() const { return layout->Bytes(); }
   int64_t PairBytes(int64_t pairs) const { return layout->PairBytes(pairs); }
+  int64_t ScaleBytes(int64_t pairs) const { return layout->ScaleBytes(pairs); }
   const char* start() const { return reinterpret_cast<const char*>(memory); }
 };
 

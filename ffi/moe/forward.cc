@@ -106,6 +106,14 @@ class ForwardPass : Pass {
     return {};
   }
 
+  // Adds to the list what is packed for the product with a panel of Down.
+  void AddDownB(int s, int expert, int panel, FetchList& list) const {
+    if (s == 0) AddRowsOfB(kDownB, expert, panel * kPanel, DownOutputs(panel), list);
+  }
+  int DownOutputs(int panel) const {
+    return std::min(kPanel, geometry_.hidden - panel * kPanel);
+  }
+
   // y[tokens, panels] += w (h Wdᵀ + (s h Adᵀ) Bdᵀ) over the experts of a group.
   void Down(int s, int group_index, const OutputTask& task, const Scratch& scratch,
             TaskQueue<OutputTask>& queue) {
@@ -128,7 +136,7 @@ class ForwardPass : Pass {
                             shard(s).width,
                             routing_.rows_of(expert),
                             {}};
-        const int outputs = std::min(kPanel, geometry_.hidden - panel * kPanel);
+        const int outputs = DownOutputs(panel);
         const bool in_place = lora && InPlace(expert);
         if (in_place) {
           Matrix(kDownB).FetchRows(expert, panel * kPanel, outputs, 0, rank());
@@ -142,13 +150,15 @@ class ForwardPass : Pass {
         }
         if (panel + 1 < task.last_panel) {
           product.next = store_.Down(s, expert, panel + 1);
+          AddDownB(s, expert, panel + 1, product.also);
         } else if (e + 1 < group.active.size()) {
           const int next = group.active[e + 1];
           product.next = store_.Down(s, next, task.first_panel);
+          AddDownB(s, next, task.first_panel, product.also);
           if (!int8()) {
             const RowBlock next_rows =
                 RowsOfTokens(routing_, next, task.first_token, task.last_token);
-            product.also = HiddenBytes(s, group, next_rows);
+            product.also.Add(HiddenBytes(s, group, next_rows));
           }
         } else if (const OutputTask* next = queue.Peek()) {
           product.next = Start(s, group, *next);

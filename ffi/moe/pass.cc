@@ -18,12 +18,7 @@ Pass::Pass(const ExpertStore& store, const LayerInputs& inputs, int phases_per_g
       routing_(Route(inputs.ids, inputs.weights, inputs.tokens, inputs.k,
                      geometry_.experts)),
       groups_(MakeGroups(routing_, geometry_, group_bytes)) {
-  if (const FormatSpec& spec = store.encoding().spec();
-      inputs.int8 && spec.code != Code::kInt8 && spec.code != Code::kInt4) {
-    throw std::invalid_argument(
-        std::string("compute 'int8' needs weights with integer codes, and ") +
-        spec.name + " has none; use compute 'bf16'");
-  }
+  if (inputs.int8) store.CheckIntegers();
   const int threads = backend_.pool.config().max_threads_per_subpool;
   for (const Group& group : groups_) {
     max_group_rows_ = std::max(max_group_rows_, group.rows());
@@ -266,10 +261,10 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
   const int s = worker.subpool();
 
   const std::vector<BlockTask>& tasks = gate_up_tasks_[group_index * shard_count() + s];
-  // Where a task has all panels of its rows, x Aᵀ needs no phase of its own, which
-  // would gather the rows once more.
-  const bool in_tasks = shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
-  if (rank() && !in_tasks) {
+  // Where a task has all panels of its rows, x Aᵀ and h Adᵀ need no phases of their
+  // own, which would read these rows once more and wait for other workers.
+  const bool whole = shard_count() == 1 && AreWhole(tasks, shard(s).width / kDepth);
+  if (rank() && !whole) {
     counters().ForEach(CounterOf(counter + kLowRankOfX, 0), group.blocks.size(),
                        [&](int64_t i) {
                          GatherRows(inputs_.x, group.blocks[i], scratch);
@@ -289,31 +284,24 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
                                scratch.codes);
       }
     }
-    if (rank() && in_tasks) LowRankOfInput(group, task->rows, out, scratch);
-    GateUp(s, group, *task, out, scratch, queue);
+    if (rank() && whole) LowRankOfInput(group, task->rows, out, scratch);
+    // Workers take about equal tasks in turns. Whoever gets this one finds its A in the
+    // cache that they share.
+    const ptrdiff_t turn = backend_.pool.config().max_threads_per_subpool;
+    const BlockTask* soon =
+        tasks.data() + tasks.size() - task > turn ? task + turn : nullptr;
+    GateUp(s, group, *task, whole, whole ? soon : nullptr, out, scratch, queue);
+    if (whole) HiddenOperands(s, group, task->rows, out, scratch);
   }
   fetch_ahead();
   if (!Wait(worker, scratch)) return false;
   watch.Lap("gate, up, SwiGLU");
 
   const bool codes = !hidden_codes_.empty();
-  if (!rank() && !codes) return true;
+  if (whole || (!rank() && !codes)) return true;
   counters().ForEach(
-      CounterOf(counter + kHiddenOperands, s), group.blocks.size(), [&](int64_t i) {
-        const RowBlock& block = group.blocks[i];
-        const SplitRows rows = HiddenRows(hidden_, s, group, block.begin);
-        if (codes) {
-          kernels_.quantize_rows(rows, block.count, shard(s).width,
-                                 HiddenCodes(s, group, block.begin));
-        }
-        if (rank()) {
-          const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
-          LowRank(Contraction::kAlongRows, s, group, block,
-                  AdapterRows(DropoutOf::kHidden, block, rows, shard(s).begin,
-                              shard(s).width, scratch),
-                  Slice(s), {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
-        }
-      });
+      CounterOf(counter + kHiddenOperands, s), group.blocks.size(),
+      [&](int64_t i) { HiddenOperands(s, group, group.blocks[i], out, scratch); });
   if (rank() && !SumPartialsPhase(worker, scratch, group, counter + kSumHidden, 1, 2,
                                   out.low_rank)) {
     return false;
@@ -332,8 +320,31 @@ void Pass::LowRankOfInput(const Group& group, const RowBlock& block,
           geometry_.hidden, factors, out.low_rank, false, scratch);
 }
 
-void Pass::GateUp(int s, const Group& group, const BlockTask& task,
-                  const Activations& out, const Scratch& scratch,
+void Pass::HiddenOperands(int s, const Group& group, const RowBlock& block,
+                          const Activations& out, const Scratch& scratch) const {
+  const SplitRows rows = HiddenRows(hidden_, s, group, block.begin);
+  if (!hidden_codes_.empty()) {
+    kernels_.quantize_rows(rows, block.count, shard(s).width,
+                           HiddenCodes(s, group, block.begin));
+  }
+  if (!rank()) return;
+  const LowRankFactor factor{Matrix(kDownA), 0, shard(s).begin, 2};
+  LowRank(Contraction::kAlongRows, s, group, block,
+          AdapterRows(DropoutOf::kHidden, block, rows, shard(s).begin, shard(s).width,
+                      scratch),
+          Slice(s), {&factor, 1}, out.low_rank, shard_count() > 1, scratch);
+}
+
+void Pass::AddGateUpB(int s, int expert, int panel, FetchList& list) const {
+  const int column = panel * kDepth;
+  const int outputs = std::min(kDepth, Slice(s) - column);
+  for (const LoRAArray b : {kGateB, kUpB}) {
+    AddRowsOfB(b, expert, shard(s).begin + column, outputs, list);
+  }
+}
+
+void Pass::GateUp(int s, const Group& group, const BlockTask& task, bool whole,
+                  const BlockTask* soon, const Activations& out, const Scratch& scratch,
                   TaskQueue<BlockTask>& queue) const {
   const RowBlock& block = task.rows;
   const int expert = block.expert;
@@ -367,8 +378,18 @@ void Pass::GateUp(int s, const Group& group, const BlockTask& task,
     }
     if (panel + 1 < task.last_panel) {
       product.next = store_.GateUp(s, expert, panel + 1);
+      AddGateUpB(s, expert, panel + 1, product.also);
     } else if (const BlockTask* next = queue.Peek()) {
       product.next = store_.GateUp(s, next->rows.expert, next->first_panel);
+      AddGateUpB(s, next->rows.expert, next->first_panel, product.also);
+    }
+    // Spread over all panels: a whole A with one of them would come too late.
+    const int part = panel - task.first_panel,
+              parts = task.last_panel - task.first_panel;
+    if (whole) AddPartOfA(kDownA, expert, part, parts, product.also);
+    if (soon) {
+      AddPartOfA(kGateA, soon->rows.expert, part, parts, product.also);
+      AddPartOfA(kUpA, soon->rows.expert, part, parts, product.also);
     }
     const auto touch = [&](int row) {
       FetchKept(out, group, block.begin + row, shard(s).begin + column, kDepth);

@@ -107,11 +107,10 @@ class Pass : protected Products {
                         int columns, const Scratch& scratch) const;
 
   // Rows of h, which other threads have written.
-  std::span<const char> HiddenBytes(int s, const Group& group,
-                                    const RowBlock& rows) const {
+  ByteSpan HiddenBytes(int s, const Group& group, const RowBlock& rows) const {
     const SplitRows hidden = HiddenRows(hidden_, s, group, rows.begin);
     return {reinterpret_cast<const char*>(hidden.high),
-            sizeof(bf16) * rows.count * hidden.stride};
+            static_cast<int64_t>(sizeof(bf16)) * rows.count * hidden.stride};
   }
 
   // Whether an expert's adapters are multiplied as they lie in memory, which is faster
@@ -136,6 +135,19 @@ class Pass : protected Products {
     });
   }
 
+  // Whether an expert's adapters are packed into panels before they are multiplied.
+  bool Packs(int expert) const { return rank() && !InPlace(expert); }
+  // What packing will read, to be fetched during the products before it: `count` rows
+  // of B; the `part`th of so many parts of A.
+  void AddRowsOfB(LoRAArray b, int expert, int64_t row, int count,
+                  FetchList& list) const {
+    if (Packs(expert)) list.Add(Matrix(b).WholeRows(expert, row, count));
+  }
+  void AddPartOfA(LoRAArray a, int expert, int part, int parts, FetchList& list) const {
+    if (!Packs(expert)) return;
+    const int first = rank() * part / parts;
+    list.Add(Matrix(a).WholeRows(expert, first, rank() * (part + 1) / parts - first));
+  }
   // Fetches the `part`th of so many parts of those columns of A.
   void FetchPartOfA(LoRAArray a, int expert, int64_t column, int outputs, int part,
                     int parts) const {
@@ -161,7 +173,8 @@ class Pass : protected Products {
   bool SumPartialsPhase(Worker& worker, const Scratch& scratch, const Group& group,
                         int counter, int factors, int first_factor, bf16* destination);
 
-  // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes.
+  // Counts up the phases of the group: x Aᵀ; gate, up and h; h Adᵀ and h's codes. The
+  // first and the last are part of the second where its tasks allow it.
   // Calls fetch_ahead() when this worker's part of gate and up is done, to fetch what
   // it will need after that. Returns false when another worker has failed.
   bool ComputeHidden(Worker& worker, const Scratch& scratch, int group, int counter,
@@ -171,8 +184,16 @@ class Pass : protected Products {
   // Of the rows of x in scratch.rows: s x Agᵀ and s x Auᵀ; gate, up and h.
   void LowRankOfInput(const Group& group, const RowBlock& block, const Activations& out,
                       const Scratch& scratch) const;
-  void GateUp(int s, const Group& group, const BlockTask& task, const Activations& out,
-              const Scratch& scratch, TaskQueue<BlockTask>& queue) const;
+  // Fetches A of Down for a `whole` task, which has all panels of its rows, and A of
+  // gate and up for the task that a worker takes `soon` (null: none).
+  void GateUp(int s, const Group& group, const BlockTask& task, bool whole,
+              const BlockTask* soon, const Activations& out, const Scratch& scratch,
+              TaskQueue<BlockTask>& queue) const;
+  // Adds to the list what is packed for the product with a panel of gate and up.
+  void AddGateUpB(int s, int expert, int panel, FetchList& list) const;
+  // Of rows of h: s h Adᵀ, and codes where Down needs them.
+  void HiddenOperands(int s, const Group& group, const RowBlock& block,
+                      const Activations& out, const Scratch& scratch) const;
   // Rows of h, quantised.
   Int8Rows HiddenCodes(int s, const Group& group, int row) const {
     return From(hidden_codes_[s], row - group.first_row);
@@ -181,6 +202,7 @@ class Pass : protected Products {
   bool int8() const { return inputs_.int8; }
   // Depths whose codes have a sum in quantised rows: those that share a zero point.
   int SumGroup() const {
+    if (store_.encoding().spec().blocks) return kBlockSumDepths;
     const int group = store_.encoding().group;
     return group ? std::min(group, kInt8Group) : kInt8Group;
   }
@@ -238,12 +260,10 @@ class Pass : protected Products {
     return {LowRankRow(low_rank, group, row) + 2 * factor * low_rank_width_,
             low_rank_stride_, low_rank_width_};
   }
-  // The same as an operand of products that spread low-rank values over outputs. From
-  // rank 32 on the rounding errors of so many values average out there, and the high
-  // parts will do.
+  // The same as an operand of products that spread low-rank values over outputs.
   SplitRows SpreadRows(bf16* low_rank, const Group& group, int row, int factor) const {
     SplitRows rows = LowRankRows(low_rank, group, row, factor);
-    if (rank() >= 32 && !exact()) rows.low = 0;
+    if (rank() >= kHighPartsRank && !exact()) rows.low = 0;
     return rows;
   }
   void FetchSpread(bf16* low_rank, const Group& group, int row, int factor) const {

@@ -3,20 +3,6 @@
 #include <algorithm>
 
 namespace ktjax {
-namespace {
-
-// Fetches the rows after the ones that are packed: a panel's rows of B are a few KiB,
-// and those of the next panel follow.
-template <typename T>
-void FetchNextRows(const Rows<T>& rows, int outputs, int depth) {
-  constexpr int64_t kMost = 8192;
-  const int64_t bytes = int64_t{outputs} * rows.stride * sizeof(T);
-  if (depth != rows.stride || bytes > kMost) return;
-  Fetch(rows.row(outputs), bytes);
-}
-
-}  // namespace
-
 void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
                              int outputs, int64_t column, int depth, int strips,
                              SplitPanel dst, ptrdiff_t dst_stride) const {
@@ -24,14 +10,12 @@ void LoRAMatrix::PackOutputs(const Kernels& kernels, int expert, int64_t row,
   outputs = std::max(outputs, 0);
   if (array.is_float32) {
     const Rows<float> src{static_cast<const float*>(array.data) + offset, columns};
-    FetchNextRows(src, outputs, depth);
     kernels.pack_outputs_f32(src, outputs, depth, strips, dst.high, dst_stride);
     if (dst.low) {
       kernels.pack_outputs_low(src, outputs, depth, strips, dst.low, dst_stride);
     }
   } else {
     const Rows<bf16> src{static_cast<const bf16*>(array.data) + offset, columns};
-    FetchNextRows(src, outputs, depth);
     kernels.pack_outputs_bf16(src, outputs, depth, strips, dst.high, dst_stride);
   }
 }

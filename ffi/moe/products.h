@@ -35,6 +35,21 @@ inline void FetchToWrite(const void* data, int64_t bytes) {
   }
 }
 
+// Bytes that a product fetches besides the next panel.
+class FetchList {
+ public:
+  void Add(ByteSpan bytes) {
+    if (bytes.size > 0) list_[count_++] = bytes;
+  }
+  const ByteSpan* data() const { return list_; }
+  int count() const { return count_; }
+
+ private:
+  // The rows of the next product, and B of two factors for it; A of three factors.
+  ByteSpan list_[6];
+  int count_ = 0;
+};
+
 // One LoRA array, [experts, rows, columns]; a matrix that stands alone is expert 0.
 struct LoRAMatrix {
   ConstArray array;
@@ -65,6 +80,12 @@ struct LoRAMatrix {
       f(*kernels.adapters_bf16,
         Rows<bf16>{static_cast<const bf16*>(array.data) + offset, columns});
     }
+  }
+  // `count` whole rows of an expert's matrix.
+  ByteSpan WholeRows(int expert, int64_t row, int count) const {
+    const int64_t bytes = columns * (array.is_float32 ? sizeof(float) : sizeof(bf16));
+    return {static_cast<const char*>(array.data) + (expert * rows + row) * bytes,
+            count * bytes};
   }
   // Fetches `count` rows of an expert's matrix from (row, column) on, `width` columns.
   void FetchRows(int expert, int64_t row, int count, int64_t column, int width) const {
@@ -118,8 +139,8 @@ class Products {
     SplitRows rows;
     const Int8Rows* codes;  // the rows, quantised; null: base weights are decoded
     StoredPanel panel;
-    StoredPanel next;            // to be fetched meanwhile
-    std::span<const char> also;  // the same
+    StoredPanel next;  // to be fetched meanwhile
+    FetchList also;    // the same
     int depth;
     int all_rows;  // that are multiplied with the panel, in this product and in others
     Terms lora;
@@ -167,9 +188,9 @@ class Products {
   // one: decoding a token of INT4 takes 0.43 instead of 0.48 ms.
   static constexpr int64_t kNearBytes = 5120;
   // What is fetched at once and not spread over a product, at most.
-  static constexpr size_t kBurstBytes = 256 << 10;
-  // Fetches depth pairs of a panel just ahead of their product, and after them the
-  // beginning of the next panel, if any.
+  static constexpr int64_t kBurstBytes = 256 << 10;
+  // Fetches depth pairs of a panel just ahead of their product, and meanwhile the
+  // scales of the next panel, if any.
   static Prefetch FetchNear(const StoredPanel& panel, int64_t pairs,
                             const StoredPanel& next) {
     const int64_t bytes = panel.PairBytes(pairs), ahead = std::min(bytes, kNearBytes);
@@ -178,8 +199,8 @@ class Products {
     prefetch.base = panel.start() + ahead;
     prefetch.chunk_bytes = prefetch.total_bytes = bytes - ahead;
     if (next) {
-      prefetch.more = next.start();
-      prefetch.more_bytes = ahead;
+      prefetch.scales = next.start() + next.PairBytes(pairs);
+      prefetch.scales_bytes = next.ScaleBytes(pairs);
     }
     return prefetch;
   }
@@ -227,8 +248,8 @@ class Products {
   void Multiply(const Terms& terms, int rows, int strips, const Scratch& scratch,
                 Prefetch prefetch, Touch touch, Epilogue epilogue) const;
 
-  // Source panels that are transposed at a time: 96 KiB of an L2, used at once.
-  static constexpr int kSourcePanels = 12;
+  // Source panels that are transposed at a time: 256 KiB of an L2, used at once.
+  static constexpr int kSourcePanels = 32;
   // The product of rows with panels that are transposed first, kSourcePanels of
   // `sources` at a time, while the sums wait in scratch.tile. transposed(first, count)
   // transposes source panels into scratch.panel and returns the terms of all rows with
@@ -320,20 +341,29 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
   const bool once = codes || (panel.values && !exact());
   const bool near = once && all_rows <= kernels_.near_rows;
   Prefetch prefetch = near ? FetchNear(stored, depth / 2, next) : FetchPanel(next);
+  const ByteSpan ahead{next.start(), std::min(stored.PairBytes(depth / 2), kNearBytes)};
   if (near) {
     if (next) FetchFirstScales(next);
-    Fetch(also.data(), std::min(also.size(), kBurstBytes));
+    prefetch.more = &ahead;
+    prefetch.more_count = next ? 1 : 0;
+    for (int i = 0; i < also.count(); ++i) {
+      const auto [first, size] = also.data()[i];
+      Fetch(first, std::min(size, kBurstBytes));
+    }
   } else {
     prefetch.more = also.data();
-    prefetch.more_bytes = also.size();
+    prefetch.more_count = also.count();
   }
   if (codes) {
     prefetch.Spread(depth / 2 * CeilDiv(rows, kFetchRows));
     ForTiles(kernels_, rows, [&](int first, int count) {
       for (int row = first; row < first + count; ++row) touch(row);
-      kernels_.gemm_int8(base_.encoding().spec(), From(*codes, first), panel.codes,
-                         depth, count, scratch.tile,
-                         prefetch.base ? &prefetch : nullptr);
+      const auto multiply = [&](const QuantPanel& b, float* c, Prefetch* fetch) {
+        kernels_.gemm_int8(SpecOf(b.format), From(*codes, first), b, depth, count, c,
+                           fetch);
+      };
+      multiply(panel.codes, scratch.tile, prefetch.base ? &prefetch : nullptr);
+      if (panel.mixed()) multiply(*panel.odd, scratch.tile + kStrip, nullptr);
       AddTerms(lora.From(first), count, strips, scratch);
       {
         const WorkTimer timer(scratch.times, &WorkTimes::epilogue);
@@ -383,20 +413,23 @@ void Products::MultiplyTransposed(int sources, Transposed transposed, const Term
   prefetch.Spread(int64_t{sources} * kPanel / 2 * CeilDiv(rows, kFetchRows));
   for (int begin = 0; begin < rows; begin += kTransposedRows) {
     const int end = std::min(rows, begin + kTransposedRows);
-    for (int source = 0; source < sources; source += kSourcePanels) {
-      const int count = std::min(kSourcePanels, sources - source);
-      const bool last = source + count == sources;
+    int source = 0, count;
+    for (int left = static_cast<int>(CeilDiv(sources, kSourcePanels)); left > 0;
+         --left, source += count) {
+      count = static_cast<int>(CeilDiv(sources - source, left));
+      const bool last = left == 1;
       Terms terms = transposed(source, count);
       if (last) terms.Add(lora);
       ForTiles(kernels_, end - begin, [&](int first, int tile_rows) {
         const int row = begin + first;
-        float* tile = scratch.tile + first * kPanel;
+        // Sums that need not wait stay in one place, in L1.
+        float* tile = scratch.tile + (sources > kSourcePanels ? first * kPanel : 0);
         for (int r = row; last && r < row + tile_rows; ++r) touch(r);
         const Terms tile_terms = terms.From(row);
-        const int64_t left = int64_t{end - row - tile_rows} * count +
-                             int64_t{end - begin} * (sources - source - count) +
-                             int64_t{rows - end} * sources;
-        const bool fetch = prefetch.Due(left * kPanel / 2 / kFetchRows);
+        const int64_t to_come = int64_t{end - row - tile_rows} * count +
+                                int64_t{end - begin} * (sources - source - count) +
+                                int64_t{rows - end} * sources;
+        const bool fetch = prefetch.Due(to_come * kPanel / 2 / kFetchRows);
         kernels_.gemm(tile_terms.data(), tile_terms.count(), tile_rows, strips, tile,
                       source > 0, fetch ? &prefetch : nullptr);
         if (!last) return;

@@ -14,9 +14,8 @@ constexpr int kMinBlockRows = 32;
 // it.
 constexpr int64_t kPanelCostInRows = 16;
 // Output tasks are all alike, and each of them reads every row of the group: the fewer
-// the better. Of few tokens that is nothing, and four a thread have equally many panels
-// more often: 32, of 2048 outputs, are eight times four, but six times five or six.
-constexpr int kOutputTasksPerThread = 3;
+// the better. Of few tokens that is nothing.
+constexpr int kOutputTasksPerThread = 2;
 constexpr int kSmallOutputTasksPerThread = 4;
 constexpr int kMinTokensPerTask = 64;
 
@@ -98,11 +97,14 @@ std::vector<OutputTask> MakeOutputTasks(int64_t tokens, int panels, int threads)
   const int columns = std::min(panels, wanted);
   const int64_t slices = std::clamp<int64_t>(
       wanted / columns, 1, std::max<int64_t>(1, tokens / kMinTokensPerTask));
+  // The wider ones come first, so that threads end together.
   std::vector<OutputTask> tasks;
-  for (int c = 0; c < columns; ++c) {
+  const int least = panels / columns, wider = panels % columns;
+  for (int c = 0, panel = 0; c < columns; ++c) {
+    const int first = panel;
+    panel += least + (c < wider);
     for (int64_t s = 0; s < slices; ++s) {
-      tasks.push_back({panels * c / columns, panels * (c + 1) / columns,
-                       static_cast<int>(tokens * s / slices),
+      tasks.push_back({first, panel, static_cast<int>(tokens * s / slices),
                        static_cast<int>(tokens * (s + 1) / slices)});
     }
   }

@@ -24,6 +24,13 @@ BasePanelLayout GateUpLayout(const Encoding& gate, const Encoding& up, int depth
                     : BasePanelLayout(gate, up, kPanelStrips, depth);
 }
 
+// Whether codes are multiplied as integers with rows that are quantised for
+// kInt8Group depths at a time.
+bool HasIntegers(const Encoding& encoding) {
+  const Code code = encoding.spec().code;
+  return code == Code::kInt8 || code == Code::kInt4 || code == Code::kBlocks;
+}
+
 // To be packed.
 uint8_t* Memory(const QuantPanel& panel) { return const_cast<uint8_t*>(panel.codes); }
 
@@ -52,10 +59,10 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
   const int padded = geometry_.intermediate_padded();
   // Rows of h are quantised in groups, which should be the same for any number of
   // sub-pools.
-  const bool integers =
-      encoding.spec().code == Code::kInt8 || encoding.spec().code == Code::kInt4;
   int unit = std::max(kDepth, down_encoding.group);
-  if (integers && CeilDiv(padded, kInt8Group) >= count) unit = kInt8Group;
+  if (HasIntegers(encoding) && CeilDiv(padded, kInt8Group) >= count) {
+    unit = std::max(unit, kInt8Group);
+  }
   const int units = static_cast<int>(CeilDiv(padded, unit));
   if (units < count) {
     throw std::invalid_argument(
@@ -77,6 +84,15 @@ ExpertStore::ExpertStore(std::shared_ptr<Backend> backend, const Geometry& geome
                         gate_up_bytes + panels * down.Stride()});
     memory_.emplace_back(geometry_.experts * layouts_.back().expert_bytes,
                          backend_->pool.NumaNodeOf(s));
+  }
+}
+
+void ExpertStore::CheckIntegers() const {
+  for (const Encoding* encoding : {&encoding_, &up_encoding_, &down_encoding_}) {
+    if (HasIntegers(*encoding)) continue;
+    throw std::invalid_argument(
+        std::string("compute 'int8' needs weights with integer codes, and ") +
+        encoding->spec().name + " has none; use compute 'bf16'");
   }
 }
 

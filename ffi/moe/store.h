@@ -76,6 +76,10 @@ class ExpertStore final : public BaseStore {
               const Encoding& encoding, const Encoding& up_encoding,
               const Encoding& down_encoding);
 
+  // Throws std::invalid_argument unless all matrices have codes that are multiplied as
+  // integers.
+  void CheckIntegers() const;
+
   // Packs all experts on the pool's threads, which so place the pages on their nodes.
   // Values are quantised to the store's format first. Throws std::invalid_argument for
   // weights or scales that have no value in it.

@@ -8,6 +8,11 @@
 
 namespace ktjax {
 
+// Low-rank values of this rank and above are spread over outputs by their high parts
+// alone, unless all else is exact to float32: the rounding errors of so many average
+// out.
+inline constexpr int kHighPartsRank = 16;
+
 // A panel in one part, or in two (low is not null).
 struct SplitPanel {
   bf16* high;

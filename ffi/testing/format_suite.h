@@ -467,8 +467,9 @@ class FormatSuite {
   static Prefetch ShortChunks() {
     static const char memory[1 << 14] = {};
     Prefetch prefetch{memory, 1000, 320, 4 * 320, 0, 25};
-    prefetch.more = memory;
-    prefetch.more_bytes = 420;
+    static const ByteSpan more = {memory, 420};
+    prefetch.more = &more;
+    prefetch.more_count = 1;
     return prefetch;
   }
 

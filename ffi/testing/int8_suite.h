@@ -9,6 +9,7 @@
 
 #include "base/bf16.h"
 #include "gemm/kernel.h"
+#include "testing/block_case.h"
 #include "testing/check.h"
 #include "testing/int8_case.h"
 #include "testing/kernel_suite.h"
@@ -27,6 +28,7 @@ class Int8Suite {
     TestPrefetch();
     TestNear();
     TestNan();
+    TestBlocks();
     kernels_.leave();
     TestQuantize();
   }
@@ -87,8 +89,9 @@ class Int8Suite {
   }
 
   // The rows of c are the last ones of `expected`.
+  template <typename Case>
   void CheckSameRows(const std::vector<float>& c, const std::vector<float>& expected,
-                     int rows, const Int8Case& int8_case, const char* what) {
+                     int rows, const Case& int8_case, const char* what) {
     const size_t skipped = expected.size() - c.size();
     for (int r = 0; r < rows; ++r) {
       const size_t row = static_cast<size_t>(r) * kPanel;
@@ -170,8 +173,47 @@ class Int8Suite {
     }
   }
 
+  // Every format in blocks: values, the same bits for any split of the rows, and a
+  // prefetch that gets through and changes nothing.
+  void TestBlocks() {
+    for (int i = 0; i < kFormats; ++i) {
+      const FormatSpec& format = SpecOf(static_cast<Format>(i));
+      if (!format.blocks) continue;
+      // Depths that end within a group of the rows, where blocks allow.
+      const int depth = format.blocks->depths == kDepth ? 5 * kDepth : 256;
+      for (int strips = 1; strips <= kPanelStrips; ++strips) {
+        if (small_ && strips % 2) continue;
+        const BlockCase side_by_side(kernels_.max_rows, strips, 1, format, depth, 2);
+        TestBlocks(side_by_side);
+      }
+      for (const int strips : {1, 2}) {
+        TestBlocks(BlockCase(5, strips, 2, format, 2 * depth, strips));
+      }
+    }
+  }
+
+  void TestBlocks(const BlockCase& block_case) {
+    const int all = block_case.rows();
+    const std::vector<float> expected = block_case.Run(kernels_, all);
+    block_case.CheckValues(kernels_, expected, small_ ? 13 : 1);
+    for (int rows = 1; rows < all; rows += small_ ? 7 : 1) {
+      CheckSameRows(block_case.Run(kernels_, rows), expected, rows, block_case,
+                    "with fewer rows");
+    }
+    static const char memory[5000] = {};
+    for (const int lines : {1, 3}) {
+      Prefetch prefetch{memory, 0, 5000, 5000, 0, lines * Prefetch::kPerPair};
+      // Of 80 pairs or more.
+      CheckSameRows(block_case.Run(kernels_, all, &prefetch), expected, all, block_case,
+                    "with prefetching");
+      KTJAX_CHECK(prefetch.position >= prefetch.total_bytes || !prefetches_,
+                  "%s: stopped at byte %lld", kernels_.name,
+                  static_cast<long long>(prefetch.position));
+    }
+  }
+
   void TestQuantize() {
-    for (const int group : {32, 64, 128}) {
+    for (const int group : {kBlockSumDepths, 32, 64, 128}) {
       for (const int depth : {1, 30, 32, 200, 257}) {
         for (const bool low : {false, true}) TestQuantize(7, depth, group, low);
       }

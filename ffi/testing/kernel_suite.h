@@ -122,18 +122,20 @@ class KernelSuite {
           Prefetch prefetch{memory,      kStride,
                             kChunkBytes, kChunks * kChunkBytes,
                             0,           lines * Prefetch::kPerPair};
-          prefetch.more = memory;
-          prefetch.more_bytes = 192;
+          const ByteSpan more[] = {{memory, 192}, {memory, 0}, {memory, 64}};
+          prefetch.more = more;
+          prefetch.more_count = 3;
           // The 160 pairs of a call are worth at least one line each.
           for (int call = 0; call < 2; ++call) {
             const std::vector<float> c =
                 gemm_case.Run(kernels_, rows, false, &prefetch);
             CheckSameRows(c, expected, rows, gemm_case, "with prefetching");
           }
-          KTJAX_CHECK(prefetch.position >= prefetch.total_bytes || !prefetches_,
-                      "%s: rows %d strips %d lines %d: stopped at byte %lld",
-                      kernels_.name, rows, strips, lines,
-                      static_cast<long long>(prefetch.position));
+          KTJAX_CHECK(
+              (prefetch.position >= prefetch.total_bytes && prefetch.more_count == 0) ||
+                  !prefetches_,
+              "%s: rows %d strips %d lines %d: stopped at byte %lld", kernels_.name,
+              rows, strips, lines, static_cast<long long>(prefetch.position));
         }
       }
     }

@@ -136,7 +136,7 @@ def from_pretrained(
     if dense is None and experts == "reference":
         dense = "xla"
     if experts != "auto":  # else each layer's store decides
-        check_compute(compute, experts, where="from_pretrained")
+        check_compute(compute, [experts], where="from_pretrained")
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(

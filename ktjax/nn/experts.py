@@ -130,7 +130,7 @@ class RoutedExperts(_Adapted, Stored):
           ValueError: a rank without rngs or out of its range, a policy that the store's
             format does not have, or dropout out of its range or without a rank.
         """
-        check_compute(compute, store.format, where="routed experts")
+        check_compute(compute, store.formats, where="routed experts")
         self._hold(store)
         self.activation_policy = activation_policy
         self.compute = compute

@@ -73,10 +73,10 @@ def moe(
       activation_policy: "save" keeps `4 * intermediate + 12 * rank` bytes a slot for
         the backward, in bfloat16; "recompute" keeps nothing and computes them again.
       compute: "bf16", the default of None: products as said above. "int8", for
-        inference with an int8, int4, int4_kgroup or rawint4 store: the base products
-        of the forward take activations quantised to int8, by token and group of 128
-        values, and sum integers. The backward's products are those of "bf16" in either
-        case.
+        inference with a store in int8, int4, int4_kgroup, rawint4 or GGUF's blocks: the
+        base products of the forward take activations quantised to int8, by token and
+        group of 128 values, and sum integers. The backward's products are those of
+        "bf16" in either case.
       dropout: the rate p of dropout on the adapters' inputs, static; 0 = none.
       dropout_seed: `uint32[2]`, or a PRNG key; needed with a rate above 0, and best a
         new one for each call of a training. No gradient passes through it.
@@ -99,8 +99,8 @@ def moe(
         )
     x, ids, w = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(w)
     handle, intermediate = _check(x, ids, w, store, lora)
-    format = store.format if isinstance(store, ExpertStore) else None
-    int8 = check_compute(compute, format, where="moe")
+    formats = store.formats if isinstance(store, ExpertStore) else None
+    int8 = check_compute(compute, formats, where="moe")
     keep = activation_policy == "save" and intermediate is not None
     seed = check_dropout(dropout, dropout_seed, lora, where="moe")
     spec = Spec(intermediate, float(scaling), keep, int8, float(dropout))

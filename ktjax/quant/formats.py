@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -58,7 +59,15 @@ class Format:
 
 
 def _blocks(name: str, bits: int, group: int, block_bytes: int) -> Format:
-    return Format(name, bits, "blocks", None, group=group, block_bytes=block_bytes)
+    return Format(
+        name,
+        bits,
+        "blocks",
+        None,
+        group=group,
+        int8_compute=True,
+        block_bytes=block_bytes,
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -97,6 +106,8 @@ FORMATS: dict[str, Format] = {
 # Those of GGUF files, and those that weights can be quantised to.
 BLOCK_FORMATS = tuple(name for name, row in FORMATS.items() if row.block_bytes)
 ENCODED_FORMATS = tuple(name for name, row in FORMATS.items() if not row.block_bytes)
+# Those of `compute="int8"`.
+INT8_FORMATS = tuple(name for name, row in FORMATS.items() if row.int8_compute)
 
 _SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -261,12 +272,14 @@ class Encoding(NamedTuple):
 COMPUTE_POLICIES = ("bf16", "int8")
 
 
-def check_compute(compute: str | None, format: str | None, *, where: str) -> bool:
+def check_compute(
+    compute: str | None, formats: Iterable[str] | None, *, where: str
+) -> bool:
     """Whether activations are quantised to int8 for the products; None = "bf16".
 
     Args:
       compute: one of `COMPUTE_POLICIES`, or None.
-      format: the format of the weights; None = unknown.
+      formats: those of the weights; None = unknown.
       where: the operation that asks; begins the errors.
 
     Raises:
@@ -279,11 +292,24 @@ def check_compute(compute: str | None, format: str | None, *, where: str) -> boo
             f"{where}: compute: expected one of {list(COMPUTE_POLICIES)} or None, got "
             f"{compute!r}"
         )
-    formats = [name for name, row in FORMATS.items() if row.int8_compute]
-    if format not in formats:
+    others = [format for format in formats or () if format not in INT8_FORMATS]
+    if formats is None or others:
         raise ValueError(
-            f"{where}: compute: 'int8' needs a store in one of the formats {formats}, "
-            f"got {'a bare handle' if format is None else repr(format)}; use "
+            f"{where}: compute: 'int8' needs a store in one of the formats "
+            f"{list(INT8_FORMATS)}, got "
+            f"{'a bare handle' if formats is None else repr(others[0])}; use "
             "compute='bf16'"
         )
     return True
+
+
+def check_method_compute(
+    compute: str | None, formats: tuple[str, ...], *, where: str
+) -> None:
+    """`check_compute` for a method whose weights are in one of these formats.
+
+    Raises:
+      ValueError: as there, where none of them has the policy.
+    """
+    integers = [format for format in formats if format in INT8_FORMATS]
+    check_compute(compute, (integers or formats)[:1], where=where)

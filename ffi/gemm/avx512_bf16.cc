@@ -42,7 +42,7 @@ template <int kRows, int kStrips, int kFirst, int kStep, bool kNear = false>
       panel[s] = (__m512bh)_mm512_loadu_si512(b + 2 * kStrip * s);
     }
     b += 2 * kStrip * kWidth;
-    run.Fetch<kNear>(run.lines_per_step);
+    run.Fetch<kNear>(kNear ? kWidth : run.lines_per_step);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       const __m512bh value = (__m512bh)SpreadPair(a + r * stride + 2 * pair);
@@ -80,8 +80,8 @@ void Tile(const Term* terms, int n_terms, int row, float* c, bool accumulate,
       continue;
     }
     for (int pair = 0; pair < pairs;) {
-      const PrefetchRun run = NextRun(prefetch, pairs - pair, 1);
-      if (run.near) {
+      const PrefetchRun run = NextRun(prefetch, pairs - pair, 1, 1, kStrips);
+      if (run.near_bytes) {
         AddPairs<kRows, kStrips, 0, 1, true>(*term, row, pair, sum, run);
       } else {
         AddPairs<kRows, kStrips, 0, 1>(*term, row, pair, sum, run);

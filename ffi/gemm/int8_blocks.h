@@ -57,7 +57,8 @@ class BlockFetch {
   // In so many equal shares during a block.
   static constexpr int kShares = 4;
 
-  BlockFetch(Prefetch* prefetch, int blocks) : prefetch_(prefetch), blocks_(blocks) {}
+  BlockFetch(Prefetch* prefetch, int blocks)
+      : prefetch_(prefetch), near_(prefetch && prefetch->near_bytes), blocks_(blocks) {}
 
   // Begins a block.
   void Next() {
@@ -67,11 +68,12 @@ class BlockFetch {
   }
   [[gnu::always_inline]] void Share() {
     const int lines = run_.lines_per_step / kShares;
-    run_.near ? run_.Fetch<true>(lines) : run_.Fetch<false>(lines);
+    near_ ? run_.Fetch<true>(lines) : run_.Fetch<false>(lines);
   }
 
  private:
   Prefetch* prefetch_;
+  const bool near_;
   int blocks_;
   PrefetchRun run_{.steps = 0};
 };
@@ -323,7 +325,7 @@ void BlocksGemm(const Int8Rows& a, const QuantPanel& b, int depth, int rows, flo
   for (int begin = 0; begin < depth; begin += kInt8Group) {
     const int count = std::min(depth - begin, kInt8Group);
     FetchScales(prefetch, begin, begin + count, depth);
-    if (prefetch && prefetch->near) {
+    if (prefetch && prefetch->near_bytes) {
       const int ahead = begin + 2 * kInt8Group;
       if (ahead < depth) {
         FetchBlockScales<kFormat>(b, ahead, std::min(depth - ahead, kInt8Group));

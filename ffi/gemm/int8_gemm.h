@@ -87,7 +87,7 @@ template <bool kNear, int kBits, int kRows, int kStrips>
                                           ptrdiff_t codes_stride, PrefetchRun run,
                                           Int8Sums<kRows, kStrips>& sum) {
   for (int step = 0; step < run.steps; ++step) {
-    run.Fetch<kNear>(run.lines_per_step);
+    run.Fetch<kNear>(kNear ? kStrips : run.lines_per_step);
     AddLane<kBits, kRows, kStrips>(a, codes, sum);
     codes += codes_stride;
   }
@@ -100,8 +100,8 @@ template <int kBits, int kRows, int kStrips>
                                             Int8Sums<kRows, kStrips>& sum,
                                             Prefetch* prefetch) {
   while (steps > 0) {
-    const PrefetchRun run = NextRun(prefetch, steps, 16 / kBits);
-    if (run.near) {
+    const PrefetchRun run = NextRun(prefetch, steps, 16 / kBits, 1, kStrips);
+    if (run.near_bytes) {
       AddRun<true, kBits, kRows, kStrips>(a, codes, codes_stride, run, sum);
     } else {
       AddRun<false, kBits, kRows, kStrips>(a, codes, codes_stride, run, sum);
@@ -185,6 +185,23 @@ inline void ClearRows(float* c, int strips) {
   }
 }
 
+// Fetches the scales of a group, and its zero points, from `place` on.
+template <int kStrips>
+[[gnu::always_inline]] inline void FetchGroupScales(const Int8Product& p,
+                                                    ptrdiff_t place) {
+  constexpr int kScales = kStrips * kStrip;
+  const auto fetch = [](const void* from, int bytes) {
+    PrefetchRun{static_cast<const char*>(from), 0, 0}.Fetch<true>(
+        CeilDiv(bytes, kCacheLine));
+  };
+  if (p.format.scale == ScaleType::kBf16) {
+    fetch(static_cast<const bf16*>(p.b.scales) + place, kScales * sizeof(bf16));
+  } else {
+    fetch(static_cast<const float*>(p.b.scales) + place, kScales * sizeof(float));
+  }
+  if (p.b.zeros) fetch(p.b.zeros + place, kScales);
+}
+
 // kRows rows through all groups of kInt8Group, kStrips strips at a time.
 template <int kBits, int kRows, int kStrips>
 void Int8Tile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
@@ -200,6 +217,10 @@ void Int8Tile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
     const RowOperands operands = Int8Dot::Rows(a.values + row * a.stride + begin,
                                                a.stride, kRows, count, buffer);
     const uint8_t* codes = b.codes + begin * kBits / 32 * lanes;
+    if (prefetch && prefetch->near_bytes && b.group < depth) {
+      const int ahead = prefetch->near_bytes * 8 / (kBits * kStrips * kStrip);
+      FetchGroupScales<kStrips>(p, ScalePlace(b, begin + ahead));
+    }
     for (int strip = 0; strip < b.strips; strip += kStrips) {
       const ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
       const float* scales = GroupScales<kStrips>(p, place, scale_buffer);
@@ -295,6 +316,8 @@ template <int kRows, int kStrips>
 template <typename G, int kRows, int kStrips>
 void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
   constexpr int kVectors = kStrips * kIntVectorsPerStrip;
+  constexpr int kScales = kStrips * kStrip;
+  constexpr int kLines = G::kSteps * kStrips;  // of a group's codes
   const Int8Rows& a = p.a;
   const QuantPanel& b = p.b;
   alignas(64) char buffer[kRows * Int8Dot::kBufferBytes + 1];
@@ -326,9 +349,13 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
         if (strip == 0) {
           if (run.steps == 0) {
             run = NextRun(prefetch, (depth - begin) / G::kDepths - g, G::kDepths / 2,
-                          G::kSteps);
+                          G::kSteps, b.strips == kStrips ? kLines : 0);
           }
           --run.steps;
+          if (run.near_bytes) {
+            FetchGroupScales<kStrips>(
+                p, place + run.near_bytes / (kLines * kCacheLine) * kScales);
+          }
           lines = run.lines_per_step / G::kSteps;
         }
         Int8Sums<kRows, kStrips> sum;
@@ -336,7 +363,7 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
         // Unrolled: gcc 12 copies and spills the sums of a loop.
 #pragma GCC unroll 8
         for (int step = 0; step < G::kSteps; ++step) {
-          run.near ? run.Fetch<true>(lines) : run.Fetch<false>(lines);
+          run.near_bytes ? run.Fetch<true>(kStrips) : run.Fetch<false>(lines);
           AddLane<G::kBits, kRows, kStrips>(at, codes, sum);
           codes += lanes;
         }

@@ -58,9 +58,9 @@ struct Prefetch {
   int64_t total_bytes = 0;  // chunks * chunk_bytes
   int64_t position = 0;
   int rate = kPerPair;  // sixteenths of a cache line per depth pair
-  // To L1 and past the other caches, for what is used soon and then no more; else to
-  // L2. A hint.
-  bool near = false;
+  // Not 0: what is fetched is used just so many bytes later, and goes to L1; else to
+  // L2. Kernels that heed it fetch as many lines as they read, and scales likewise.
+  int near_bytes = 0;
   // What to fetch after all that, in this order.
   const ByteSpan* more = nullptr;
   int more_count = 0;
@@ -248,7 +248,7 @@ struct Kernels {
   int row_step;
 
   // So many rows, in one call, go through a panel once and in order, with values or
-  // with codes as integers, and heed Prefetch::near. 0: none do.
+  // with codes as integers, and heed Prefetch::near_bytes. 0: none do.
   int near_rows;
 
   // c (+)= sum over terms. `strips` is the width of c. Adds to c when `accumulate`,

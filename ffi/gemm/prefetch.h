@@ -17,21 +17,23 @@ struct PrefetchRun {
   const char* line = nullptr;
   int lines_per_step = 0;
   int steps;
-  bool near = false;  // see Prefetch
+  int near_bytes = 0;  // see Prefetch
 
-  // The next `lines` of them. A template, for loops that have no time to test `near`.
+  // The next `lines` of them. A template, for loops that have no time to test how.
   template <bool kNear>
   [[gnu::always_inline]] void Fetch(int lines) {
     for (int i = 0; i < lines; ++i, line += kCacheLine) {
-      __builtin_prefetch(line, 0, kNear ? 0 : 2);
+      __builtin_prefetch(line, 0, kNear ? 3 : 2);
     }
   }
 };
 
 // The run for at most `steps` steps of `pairs` depth pairs each. It ends where a chunk
 // ends, so callers ask again until their steps are done. Lines per step are a multiple
-// of `shares`, for kernels that fetch in so many equal shares.
-inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1) {
+// of `shares`, for kernels that fetch in so many equal shares; `read` of what is near,
+// for those that heed that and read so many lines a step.
+inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares = 1,
+                           int read = 0) {
   if (!prefetch) return {.steps = steps};
   while (prefetch->position >= prefetch->total_bytes) {
     if (prefetch->more_count == 0) return {.steps = steps};
@@ -42,8 +44,11 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
     ++prefetch->more;
     --prefetch->more_count;
   }
-  const int lines = static_cast<int>(
-      shares * CeilDiv(pairs * prefetch->rate, Prefetch::kPerPair * shares));
+  const int near_bytes = read ? prefetch->near_bytes : 0;
+  const int lines =
+      near_bytes ? read
+                 : static_cast<int>(shares * CeilDiv(pairs * prefetch->rate,
+                                                     Prefetch::kPerPair * shares));
   const int64_t chunk = prefetch->position / prefetch->chunk_bytes;
   const int64_t offset = prefetch->position % prefetch->chunk_bytes;
   const int64_t left = prefetch->chunk_bytes - offset;
@@ -53,8 +58,7 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
   if (left_steps < steps) steps = static_cast<int>(left_steps);
   const int64_t bytes = steps * step_bytes;
   prefetch->position += bytes < left ? bytes : left;
-  return {prefetch->base + chunk * prefetch->stride + offset, lines, steps,
-          prefetch->near};
+  return {prefetch->base + chunk * prefetch->stride + offset, lines, steps, near_bytes};
 }
 
 // Fetches the part of prefetch.scales that depths [begin, end) of `depth` stand for.

@@ -33,14 +33,14 @@ struct BasePanel {
   QuantPanel codes;  // of values the format alone, kBf16
   // The odd strips, where they have another format than the even ones, which are then
   // alone in `codes` and before these in memory.
-  QuantPanel odd = {};
+  std::optional<QuantPanel> odd = {};
 
-  bool mixed() const { return odd.strips > 0; }
+  bool mixed() const { return odd.has_value(); }
   // The values of depth pairs [first, + pairs) of codes, as a panel of all strips.
   void Decode(const Kernels& kernels, int first, int pairs, bf16* dst,
               Prefetch* prefetch) const {
     kernels.decode(codes, first, pairs, dst, prefetch);
-    if (mixed()) kernels.decode(odd, first, pairs, dst + 2 * kStrip, nullptr);
+    if (mixed()) kernels.decode(*odd, first, pairs, dst + 2 * kStrip, nullptr);
   }
 };
 
@@ -58,15 +58,15 @@ class BasePanelLayout {
         odd_(PanelLayout(odd, strips / 2, depth)) {}
 
   int strips() const { return strips_; }
+  // The next panel's first lines wait for this: nothing is copied, and `odd` not
+  // cleared, which gcc does in microcode.
   BasePanel At(const uint8_t* memory) const {
     if (even_.encoding.format == Format::kBf16) {
       return {reinterpret_cast<const bf16*>(memory), {}};
     }
-    BasePanel panel{nullptr, even_.At(memory)};
-    if (odd_) {
-      panel.odd = odd_->At(memory + even_.bytes);
-      panel.codes.apart = panel.odd.apart = 2;
-    }
+    if (!odd_) return {nullptr, even_.At(memory)};
+    BasePanel panel{nullptr, even_.At(memory), odd_->At(memory + even_.bytes)};
+    panel.codes.apart = panel.odd->apart = 2;
     return panel;
   }
   // Of the panel, scales counted.

@@ -274,11 +274,15 @@ bool Pass::ComputeHidden(Worker& worker, const Scratch& scratch, int group_index
     watch.Lap("x A");
   }
   TaskQueue queue = counters().Queue(CounterOf(counter + kGateUp, s), tasks);
+  RowBlock gathered{};
   while (const BlockTask* task = queue.Take()) {
-    GatherRows(inputs_.x, task->rows, scratch);
-    if (int8()) {
-      kernels_.quantize_rows(scratch.rows, task->rows.count, geometry_.hidden_padded(),
-                             scratch.codes);
+    if (!SameTokens(task->rows, gathered)) {
+      gathered = task->rows;
+      GatherRows(inputs_.x, gathered, scratch);
+      if (int8()) {
+        kernels_.quantize_rows(scratch.rows, gathered.count, geometry_.hidden_padded(),
+                               scratch.codes);
+      }
     }
     if (rank() && whole) LowRankOfInput(group, task->rows, out, scratch);
     // Workers take about equal tasks in turns. Whoever gets this one finds its A in the

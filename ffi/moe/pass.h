@@ -3,6 +3,7 @@
 #ifndef KTJAX_FFI_MOE_PASS_H_
 #define KTJAX_FFI_MOE_PASS_H_
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <span>
@@ -86,6 +87,14 @@ class Pass : protected Products {
   // zero up to hidden_padded.
   void GatherRows(ConstArray array, const RowBlock& block,
                   const Scratch& scratch) const;
+
+  // Whether two blocks have the same rows of x: parts of one expert's, or of a single
+  // token's experts.
+  bool SameTokens(const RowBlock& a, const RowBlock& b) const {
+    const int32_t* tokens = routing_.tokens.data();
+    return a.count == b.count &&
+           std::equal(tokens + a.begin, tokens + a.begin + a.count, tokens + b.begin);
+  }
 
   bool dropout() const { return inputs_.dropout.threshold != 0; }
   // What is kept of rows of the layer, from `row` and `column` of x or h on.

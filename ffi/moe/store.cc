@@ -149,7 +149,7 @@ void ExpertStore::PackGateUpCodes(const SourceWeights& source, int shard, int ex
       const int strip = column % kDepth / kStrip;
       PackStrip(layout, plain, begin + column, std::clamp(depth - column, 0, kStrip), 0,
                 hidden, mixed ? strip : 2 * strip + which,
-                Memory(mixed && which ? panel.odd : panel.codes));
+                Memory(mixed && which ? *panel.odd : panel.codes));
     }
   };
   pack(encoding_, source.gate, "gate", 0);

@@ -26,6 +26,7 @@ class Int8Suite {
     TestExact();
     TestSplits();
     TestPrefetch();
+    TestNear();
     TestNan();
     TestBlocks();
     kernels_.leave();
@@ -125,6 +126,33 @@ class Int8Suite {
           KTJAX_CHECK(prefetch.position >= prefetch.total_bytes || !prefetches_,
                       "%s: %d bits, rows %d lines %d: stopped at byte %lld",
                       kernels_.name, bits, rows, lines,
+                      static_cast<long long>(prefetch.position));
+        }
+      }
+    }
+  }
+
+  // What is near is fetched as it is read, and changes no result either.
+  void TestNear() {
+    constexpr int kDepths = 320;
+    static const char memory[kDepths * kPanel] = {};
+    for (const Int8Shape& shape :
+         {Int8Shape{8, false, ScaleType::kFloat32, kDepths, 128, true},
+          Int8Shape{4, true, ScaleType::kFloat32, kDepths, 128, false},
+          Int8Shape{4, true, ScaleType::kFloat32, kDepths, 64, false},
+          Int8Shape{4, false, ScaleType::kBf16, kDepths, 32, false}}) {
+      for (int strips = 1; strips <= kPanelStrips; ++strips) {
+        const Int8Case int8_case(kernels_.max_rows, strips, shape, Fill::kAny, strips);
+        for (int rows = 1; rows <= kernels_.near_rows; ++rows) {
+          const int64_t bytes = int64_t{kDepths} * shape.bits / 8 * kStrip * strips;
+          Prefetch prefetch{memory, 0, bytes, bytes};
+          prefetch.near_bytes = 2048;
+          CheckSameRows(int8_case.Run(kernels_, rows, &prefetch),
+                        int8_case.Run(kernels_, rows), rows, int8_case, "near");
+          KTJAX_CHECK(prefetch.position == bytes,
+                      "%s: %d bits, rows %d strips %d: read %lld bytes, fetched %lld",
+                      kernels_.name, shape.bits, rows, strips,
+                      static_cast<long long>(bytes),
                       static_cast<long long>(prefetch.position));
         }
       }

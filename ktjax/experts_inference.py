@@ -82,18 +82,16 @@ class _Forward:
     accelerated: jax.Array | None
 
     def result(self) -> jax.Array:
-        parts: list[Array] = [pending.result() for pending in self.sums]
+        parts = [pending.result() for pending in self.sums]
         if self.accelerated is not None:
-            parts.append(self.accelerated)
-        if len(parts) == 1:
-            (alone,) = parts
-            return jnp.asarray(alone.astype(self.dtype, copy=False).reshape(self.shape))
-        return _rounded_sum(parts, self.dtype, self.shape)
+            return _rounded_sum([*parts, self.accelerated], self.dtype, self.shape)
+        total = functools.reduce(np.add, parts)
+        return jnp.asarray(total.astype(self.dtype, copy=False).reshape(self.shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _rounded_sum(parts: list[Array], dtype: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Float32 arrays, added in their order where the accelerator's part is."""
+    """Float32 arrays, added in their order, where the accelerator's part is."""
     return functools.reduce(jnp.add, parts).astype(dtype).reshape(shape)
 
 

@@ -208,6 +208,8 @@ def test_experts_on_an_accelerator(tmp_path):
     x, ids, w = inputs()
     y = wrapper.forward(x, ids, w)
     assert_close(y, reference(x, ids, w, values), INT8_LIMIT)
+    exact = loaded(path, "LLAMAFILE", num_gpu_experts=2, compute="bf16")
+    assert_close(exact.forward(x, ids, w), reference(x, ids, w, values))
 
 
 def test_compute_is_the_layers_or_what_was_chosen(tmp_path):

@@ -120,7 +120,7 @@ def test_bad_arguments():
     for experts in ("bf16", "reference"):
         with pytest.raises(ValueError, match=f"compute: 'int8' .* got '{experts}'"):
             load(path, experts=experts, compute="int8")
-    with pytest.raises(ValueError, match="routed experts: compute: 'int8' needs"):
+    with pytest.raises(ValueError, match="layer 0: compute: 'int8' needs"):
         load(path, experts="auto", compute="int8")
 
 

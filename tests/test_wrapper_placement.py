@@ -221,6 +221,25 @@ def test_both_ways_to_group_equal_the_reference(routing, dtype):
     assert_close(jax.jit(grouped.sorted_groups)(*args), want, limit)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"),
+    [(0, 4, 2), (1, 6, 2), (3, 1, 1), (2, 9, 3), (5, 2, 2), (64, 3, 2)],
+)
+def test_few_slots_or_experts_in_groups(tokens, experts, k):
+    case = Case(tokens=tokens, rank=None, dtype="float32", experts=experts, k=k)
+    inputs = make_inputs(case)
+    args = (inputs.x, inputs.ids, inputs.w, *inputs.base)
+    got = jax.jit(grouped.sorted_groups)(*args)
+    assert got.shape == inputs.x.shape
+    if tokens:
+        assert_close(got, reference(*args[:3], inputs.base), 1e-6)
+        # A token may name an expert twice.
+        twice = jnp.zeros_like(inputs.ids)
+        want = reference(inputs.x, twice, inputs.w, inputs.base)
+        again = jax.jit(grouped.sorted_groups)(inputs.x, twice, *args[2:])
+        assert_close(again, want, 1e-6)
+
+
 def test_nobody_is_chosen():
     x, ids, w = tokens(5, dtype=ml_dtypes.bfloat16)
     none = np.full_like(ids, -1)

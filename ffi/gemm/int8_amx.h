@@ -15,7 +15,6 @@
 #ifndef KTJAX_FFI_GEMM_INT8_AMX_H_
 #define KTJAX_FFI_GEMM_INT8_AMX_H_
 
-#include <algorithm>
 #include <cstring>
 
 #include "base/types.h"
@@ -141,9 +140,10 @@ void ScaleTiles(const AmxInt8Product& p, int begin, int count, int row, int rows
   const bool mins = p.blocks && p.blocks->mins;
   const bool first = begin % kInt8Group == 0;
   const bool last = EndsRowGroup(p.depth, begin + count);
-  const int pairs_per_row = static_cast<int>(CeilDiv(count / 2, rows));
+  const int pairs = count / 2;
   for (int r = 0; r < rows; ++r) {
-    if (p.prefetch) PrefetchPairs(p.prefetch, pairs_per_row);
+    const int due = pairs * (r + 1) / rows - pairs * r / rows;
+    if (p.prefetch && due) PrefetchPairs(p.prefetch, due);
     const int32_t row_sum =
         p.blocks ? SubBlockSum(p.a, row + r, begin, count)
                  : p.a.sums[(row + r) * p.a.sum_stride + begin / p.a.group];
@@ -228,7 +228,7 @@ class AmxInt8Gemm {
   // The rows [row, end), `tile_rows` at a time, through all groups.
   template <int kStrips>
   static void AllGroups(const AmxInt8Product& p, int row, int end, int tile_rows) {
-    Configure(tile_rows, std::min(p.group, kDepth));
+    Configure(tile_rows, p.group < kDepth ? p.group : kDepth);
     const int bits = p.blocks ? p.format.bits() : CodeBits(p.format);
     BlockScales scales;
     alignas(64) uint8_t bytes[kInt8Group * kStrip * kStrips];

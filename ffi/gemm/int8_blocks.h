@@ -14,7 +14,6 @@
 #ifndef KTJAX_FFI_GEMM_INT8_BLOCKS_H_
 #define KTJAX_FFI_GEMM_INT8_BLOCKS_H_
 
-#include <algorithm>
 #include <cstring>
 #include <span>
 
@@ -30,8 +29,8 @@ namespace ktjax {
 namespace {
 
 // Fetches to L1 what LoadBlockScales will read. With the codes in a stream of their own
-// it comes in up to four more, which are too slow for the CPU to follow: decoding a
-// token of Q4_K takes 0.44 instead of 0.49 ms.
+// it comes in up to four more, which are too many for the CPU to follow. In assembly:
+// see Fetch in moe/products.h.
 template <Format kFormat>
 void FetchBlockScales(const QuantPanel& b, int begin, int count) {
   constexpr BlockSpec kSpec = *FindBlocks(kFormat);
@@ -41,7 +40,7 @@ void FetchBlockScales(const QuantPanel& b, int begin, int count) {
     const char* at = static_cast<const char*>(array);
     const char* end = at + CeilDiv(begin + count, depths) * row;
     for (at += CeilDiv(begin, depths) * row; at < end; at += kCacheLine) {
-      __builtin_prefetch(at, 0, 3);
+      asm volatile("prefetcht0 %0" : : "m"(*at));
     }
   };
   fetch(b.scales, sizeof(uint16_t), kSpec.depths);
@@ -57,24 +56,28 @@ class BlockFetch {
   // In so many equal shares during a block.
   static constexpr int kShares = 4;
 
-  BlockFetch(Prefetch* prefetch, int blocks)
-      : prefetch_(prefetch), near_(prefetch && prefetch->near_bytes), blocks_(blocks) {}
+  // `read` lines are read during a block.
+  BlockFetch(Prefetch* prefetch, int blocks, int read)
+      : prefetch_(prefetch), blocks_(blocks), read_(read) {}
 
   // Begins a block.
   void Next() {
-    if (run_.steps == 0) run_ = NextRun(prefetch_, blocks_, kDepth / 2, kShares);
+    if (run_.steps == 0) run_ = NextRun(prefetch_, blocks_, kDepth / 2, kShares, read_);
     --run_.steps;
     --blocks_;
+    share_ = 0;
   }
   [[gnu::always_inline]] void Share() {
-    const int lines = run_.lines_per_step / kShares;
-    near_ ? run_.Fetch<true>(lines) : run_.Fetch<false>(lines);
+    const int before = run_.lines_per_step * share_ / kShares;
+    const int lines = run_.lines_per_step * ++share_ / kShares - before;
+    run_.near_bytes ? run_.Fetch<true>(lines) : run_.Fetch<false>(lines);
   }
 
  private:
   Prefetch* prefetch_;
-  const bool near_;
   int blocks_;
+  const int read_;
+  int share_ = 0;
   PrefetchRun run_{.steps = 0};
 };
 
@@ -320,15 +323,16 @@ void BlocksGemm(const Int8Rows& a, const QuantPanel& b, int depth, int rows, flo
       ClearRows<1>(c + r * kPanel + kStrip * b.apart * strip, 1);
     }
   }
-  const int64_t sweeps = CeilDiv(rows, most);
-  BlockFetch fetch(prefetch, static_cast<int>(sweeps * (depth / kDepth)));
+  const int sweeps = static_cast<int>(CeilDiv(rows, most));
+  BlockFetch fetch(prefetch, sweeps * (depth / kDepth),
+                   static_cast<int>(CeilDiv(B::kBits * b.strips, sweeps)));
   for (int begin = 0; begin < depth; begin += kInt8Group) {
-    const int count = std::min(depth - begin, kInt8Group);
+    const int count = depth - begin < kInt8Group ? depth - begin : kInt8Group;
     FetchScales(prefetch, begin, begin + count, depth);
     if (prefetch && prefetch->near_bytes) {
-      const int ahead = begin + 2 * kInt8Group;
-      if (ahead < depth) {
-        FetchBlockScales<kFormat>(b, ahead, std::min(depth - ahead, kInt8Group));
+      const int ahead = begin + 2 * kInt8Group, left = depth - ahead;
+      if (left > 0) {
+        FetchBlockScales<kFormat>(b, ahead, left < kInt8Group ? left : kInt8Group);
       }
     }
     LoadBlockScales<kFormat>(b, begin, count, scales);

@@ -61,14 +61,15 @@ inline PrefetchRun NextRun(Prefetch* prefetch, int steps, int pairs, int shares 
   return {prefetch->base + chunk * prefetch->stride + offset, lines, steps, near_bytes};
 }
 
-// Fetches the part of prefetch.scales that depths [begin, end) of `depth` stand for.
+// Fetches the part of prefetch.scales that depths [begin, end) of `depth` stand for. In
+// assembly: see Fetch in moe/products.h.
 inline void FetchScales(const Prefetch* prefetch, int begin, int end, int depth) {
   if (!prefetch) return;
   const auto line_of = [&](int d) {
     return CeilDiv(prefetch->scales_bytes * d, int64_t{kCacheLine} * depth);
   };
   for (int64_t line = line_of(begin); line < line_of(end); ++line) {
-    __builtin_prefetch(prefetch->scales + line * kCacheLine, 0, 2);
+    asm volatile("prefetcht1 %0" : : "m"(prefetch->scales[line * kCacheLine]));
   }
 }
 

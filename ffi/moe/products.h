@@ -205,12 +205,13 @@ class Products {
     return prefetch;
   }
   // Fetches the scales and zero points of what FetchNear fetches of the next panel.
-  // Those after them the kernel fetches.
+  // Those after them the kernel fetches; of blocks, all (Prefetch::scales).
   static void FetchFirstScales(const StoredPanel& next) {
     const BasePanel panel = next;
     if (panel.values) return;
     const QuantPanel& codes = panel.codes;
     const FormatSpec& spec = SpecOf(codes.format);
+    if (spec.blocks) return;
     const int64_t outputs = kStrip * codes.strips;
     const int64_t depths = kNearBytes * 8 / spec.bits() / outputs;
     const int64_t scales = CeilDiv(depths, codes.group) * outputs;
@@ -339,7 +340,8 @@ void Products::MultiplyBase(const BaseProduct& product, int rows,
   const int strips = stored.strips();
   const BasePanel panel = stored;
   const bool once = codes || (panel.values && !exact());
-  const bool near = once && all_rows <= kernels_.near_rows;
+  // A mixed panel is two, of which FetchNear knows the first.
+  const bool near = once && !panel.mixed() && all_rows <= kernels_.near_rows;
   Prefetch prefetch = near ? FetchNear(stored, depth / 2, next) : FetchPanel(next);
   const ByteSpan ahead{next.start(), std::min(stored.PairBytes(depth / 2), kNearBytes)};
   if (near) {

@@ -94,6 +94,14 @@ void ExpertStore::CheckIntegers() const {
         std::string("compute 'int8' needs weights with integer codes, and ") +
         encoding->spec().name + " has none; use compute 'bf16'");
   }
+  // Rows of activations have the sums of one or of the other.
+  const bool blocks = encoding_.spec().blocks;
+  if (blocks != !!up_encoding_.spec().blocks ||
+      blocks != !!down_encoding_.spec().blocks) {
+    throw std::invalid_argument(
+        "compute 'int8' needs gate, up and down all in formats of GGUF, or none; use "
+        "compute 'bf16'");
+  }
 }
 
 void ExpertStore::PackGateUpValues(const SourceWeights& source, int shard, int expert) {

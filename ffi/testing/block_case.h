@@ -64,6 +64,10 @@ class BlockCase {
   // Of c.
   int strips() const { return (panel_strips_ - 1) * apart_ + 1; }
 
+  int64_t code_bytes() const {
+    return int64_t{depth_} * format_.bits() / 8 * kStrip * panel_strips_;
+  }
+
   // c of the last `rows` rows. Checks that nothing but the panel's strips was written.
   std::vector<float> Run(const Kernels& kernels, int rows,
                          Prefetch* prefetch = nullptr) const {

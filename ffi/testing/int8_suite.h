@@ -202,6 +202,19 @@ class Int8Suite {
                     "with fewer rows");
     }
     static const char memory[5000] = {};
+    // What is near is fetched as it is read.
+    const int64_t bytes = block_case.code_bytes();
+    for (int rows = 1; rows <= kernels_.near_rows && rows <= all; ++rows) {
+      Prefetch prefetch{memory, 0, bytes, bytes};  // a prefetch cannot fault
+      prefetch.near_bytes = 2048;
+      prefetch.scales = memory;
+      prefetch.scales_bytes = 1000;
+      CheckSameRows(block_case.Run(kernels_, rows, &prefetch), expected, rows,
+                    block_case, "near");
+      KTJAX_CHECK(prefetch.position == bytes, "%s: rows %d: fetched %lld of %lld bytes",
+                  kernels_.name, rows, static_cast<long long>(prefetch.position),
+                  static_cast<long long>(bytes));
+    }
     for (const int lines : {1, 3}) {
       Prefetch prefetch{memory, 0, 5000, 5000, 0, lines * Prefetch::kPerPair};
       // Of 80 pairs or more.

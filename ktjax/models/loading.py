@@ -89,8 +89,8 @@ def from_pretrained(
         `ktjax.linear`; "xla" leaves them to XLA. None, what is fastest without changing
         a value: a bfloat16 store for those of 65536 weights and more that bfloat16
         holds exactly as they are in `dtype`; XLA for the others, and for all with
-        experts="reference". Routers, norms, tied heads and MLA's kv_b_proj are always
-        XLA's.
+        experts="reference" or where JAX's default device is no CPU. Routers, norms,
+        tied heads and MLA's kv_b_proj are always XLA's.
       dtype: dtype of everything outside the experts, bfloat16 or float32.
       lora: which modules have adapters, or None: every layer's experts by default.
         Their dropout is on until `model.eval()`; generation is without it in any case.
@@ -174,6 +174,8 @@ def from_pretrained(
                 layer.experts = ReferenceExperts(*stored.dequantize(), **kwargs)
                 continue
             kept = [encoding.format for encoding in stored.encodings]
+            if experts == "auto":
+                check_compute(compute, kept, where=f"{path}: layer {index}")
             store = make_store(
                 stored,
                 kept if experts == "auto" else [experts],
@@ -260,8 +262,10 @@ def stored_projections(
     """What goes into stores, and in which format.
 
     With `dense` None those for which a store in bfloat16 is faster, if no value changes
-    by it.
+    by it. In a program for an accelerator none is: operands would go to the host.
     """
+    if dense is None and jax.default_backend() != "cpu":
+        dense = "xla"
     if dense == "xla":
         return []
     return [

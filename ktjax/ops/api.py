@@ -45,7 +45,8 @@ def moe(
     Pure and differentiable in `x`, `w` and `lora`; the base weights are frozen.
     Products take bfloat16 operands and add in float32, gradients included; the result
     is rounded once. Same inputs give the same bits, for any number of threads. Weights
-    have the values of `ExpertStore.dequantize()`, in the forward and the backward.
+    have the values of `ExpertStore.dequantize()`, in the forward and the backward; with
+    `compute="int8"` the forward takes those of GGUF before they are rounded.
 
     Under `jax.vmap` over x, ids and w the batch is folded into the tokens, but for the
     gradients of LoRA, which are computed one element at a time, and all with dropout.

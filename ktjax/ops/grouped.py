@@ -16,7 +16,7 @@ Array = Any
 def moe(x: Array, ids: Array, w: Array, gate: Array, up: Array, down: Array) -> Array:
     """The sum of the chosen experts, on whatever device the arrays are.
 
-    Accelerators sort the slots by expert and multiply group by group. On the CPU
+    Accelerators sort the slots by expert and multiply block by block. On the CPU
     `jax.lax.ragged_dot` computes every expert for every row and keeps all the results
     at once, so there the experts go one by one, in float32.
 
@@ -54,8 +54,9 @@ def sorted_groups(
 
     Slots are sorted by expert, those of an expert fill blocks, and a block is
     multiplied by a copy of its expert's matrices. Blocks have as many rows as experts
-    have on average, so there are at most twice as many as experts, or with few slots
-    one for each; `jax.lax.ragged_dot` on a GPU multiplies every row by every matrix.
+    would have on average if every slot were theirs, so there are at most twice as many
+    blocks as experts, or with few slots one for each. `jax.lax.ragged_dot` on a GPU
+    takes longer than that.
     """
     experts, (tokens, k) = len(gate), ids.shape
     slots = tokens * k

@@ -105,7 +105,7 @@ def test_every_inference_method_is_timed():
     assert len(set(chosen.values())) == len(chosen)  # nothing is timed twice
     assert chosen["AMXINT4, MOE_INT4"] == ("int4", "int8")
     assert chosen["GPTQ_INT4"] == ("int4_kgroup/128", "int8")
-    assert chosen["LLAMAFILE q4_k+q6_k"] == ("q4_k+q6_k", "bf16")
+    assert chosen["LLAMAFILE q4_k+q6_k"] == ("q4_k+q6_k", "int8")
     for text, _ in chosen.values():
         assert formats.expert_bytes(SHAPES["S1"], text) > 0
         formats.check_sizes(SHAPES["S1"], text)

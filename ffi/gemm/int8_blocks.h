@@ -240,7 +240,6 @@ template <typename B, bool kFetch, int kRows, int kStrips>
 // kRows rows through a group, kStrips strips at a time.
 template <typename B, int kRows, int kStrips>
 void BlockTile(const BlockGroup& g, int row) {
-  constexpr int kVectors = kStrips * kIntVectorsPerStrip;
   const Int8Rows& a = g.a;
   alignas(64) char buffer[kRows * Int8Dot::kBufferBytes + 1];
   const RowOperands operands = Int8Dot::Rows(
@@ -251,29 +250,14 @@ void BlockTile(const BlockGroup& g, int row) {
   float* c = g.c + row * kPanel;
   for (int strip = 0; strip < g.b.strips; strip += kStrips, c += kStrips * c_step) {
     FloatSums<kRows, kStrips> total;
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] = IntVector::Zero();
-    }
+    ClearTotals<kRows, kStrips>(total);
     // The first sweep fetches.
     if (strip == 0) {
       AddBlocks<B, true, kRows, kStrips>(g, operands, strip, sums, total);
     } else {
       AddBlocks<B, false, kRows, kStrips>(g, operands, strip, sums, total);
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const IntVector::Float row_scale =
-          IntVector::BroadcastFloat(row_scales[r * a.scale_stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* dst = c + r * kPanel + IntVector::kLanes * v / kStrip * c_step +
-                     IntVector::kLanes * v % kStrip;
-        IntVector::Store(
-            IntVector::MulAdd(total[r][v], row_scale, IntVector::LoadFloat(dst)), dst);
-      }
-    }
+    StoreTotals<kRows, kStrips>(total, row_scales, a.scale_stride, c_step, c);
   }
 }
 

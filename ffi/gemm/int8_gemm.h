@@ -312,10 +312,40 @@ template <int kRows, int kStrips>
   }
 }
 
+template <int kRows, int kStrips>
+[[gnu::always_inline]] inline void ClearTotals(FloatSums<kRows, kStrips>& total) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kStrips * kIntVectorsPerStrip; ++v) {
+      total[r][v] = IntVector::Zero();
+    }
+  }
+}
+
+// c += total * row scale; strips of c are c_step apart.
+template <int kRows, int kStrips>
+[[gnu::always_inline]] inline void StoreTotals(const FloatSums<kRows, kStrips>& total,
+                                               const float* row_scales,
+                                               ptrdiff_t row_stride, ptrdiff_t c_step,
+                                               float* c) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    const IntVector::Float row_scale =
+        IntVector::BroadcastFloat(row_scales[r * row_stride]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kStrips * kIntVectorsPerStrip; ++v) {
+      float* dst = c + r * kPanel + IntVector::kLanes * v / kStrip * c_step +
+                   IntVector::kLanes * v % kStrip;
+      IntVector::Store(
+          IntVector::MulAdd(total[r][v], row_scale, IntVector::LoadFloat(dst)), dst);
+    }
+  }
+}
+
 // Int8Tile for weights in smaller groups, of which depth is a multiple.
 template <typename G, int kRows, int kStrips>
 void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch) {
-  constexpr int kVectors = kStrips * kIntVectorsPerStrip;
   constexpr int kScales = kStrips * kStrip;
   constexpr int kLines = G::kSteps * kStrips;  // of a group's codes
   const Int8Rows& a = p.a;
@@ -337,11 +367,7 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
           b.codes + begin * G::kBits / 32 * lanes + 4 * kStrip * strip;
       ptrdiff_t place = ScalePlace(b, begin) + strip * kStrip;
       FloatSums<kRows, kStrips> total;
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) total[r][v] = IntVector::Zero();
-      }
+      ClearTotals<kRows, kStrips>(total);
       RowOperands at = operands;
       int g = 0;
       do {
@@ -370,18 +396,8 @@ void SmallGroupTile(const Int8Product& p, int row, int depth, Prefetch* prefetch
         AddToTotals<kRows, kStrips>(p, place, sum, total);
         place += kStrip * b.strips;
       } while (++g < groups);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const IntVector::Float row_scale =
-            IntVector::BroadcastFloat(row_scales[r * a.scale_stride]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          float* dst = c + r * kPanel + kStrip * strip + IntVector::kLanes * v;
-          IntVector::Store(
-              IntVector::MulAdd(total[r][v], row_scale, IntVector::LoadFloat(dst)),
-              dst);
-        }
-      }
+      StoreTotals<kRows, kStrips>(total, row_scales, a.scale_stride, kStrip,
+                                  c + kStrip * strip);
     }
   }
 }
